@@ -36,7 +36,8 @@ class Point:
         names = [s for s, n in ((self.real, self.n_real), (self.synthetic, self.n_synthetic)) if n]
         return '+'.join(names)
 
-def curve_points(c: CurveSpec) -> list:
+def curve_points(c: CurveSpec   # the curve
+                ) -> list:
     "The points of a curve, then those of its compute check: both ends, trained twice as long."
     at = lambda size, seed, times: Point(c.real, c.synthetic, *size, seed, times, c.real_share if all(size) else None)
     ends = dict.fromkeys([c.sizes[0], c.sizes[-1]])
@@ -58,7 +59,11 @@ def _split(folder, split):
     "A split of a set, read once a process."
     return load_set(folder, split)
 
-def training_images(study_dir, point: Point, order_seeds: tuple, n_classes: int):
+def training_images(study_dir,           # the study's folder
+                    point: Point,        # which run
+                    order_seeds: tuple,  # seeds of the two slots' orders
+                    n_classes: int       # classes of the study
+                   ):
     "The images, labels and hashes that a point is trained on: nested subsets of its slots."
     parts = []
     for name, n, seed in zip((point.real, point.synthetic), (point.n_real, point.n_synthetic), order_seeds):
@@ -71,7 +76,9 @@ def training_images(study_dir, point: Point, order_seeds: tuple, n_classes: int)
 def _digest(obj) -> str:
     return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()
 
-def point_config(study: Study, point: Point, hashes    # of the training images, in order
+def point_config(study: Study,  # the study
+                 point: Point,  # which run
+                 hashes         # of the training images, in order
                 ) -> dict:
     "Everything that decides a point's numbers."
     c, e = study.classify, study.classify.eval
@@ -80,12 +87,16 @@ def point_config(study: Study, point: Point, hashes    # of the training images,
                 recipe=c.recipe.model_dump(), samples_seen=c.recipe.samples_seen(point.n_images)*point.times,
                 seed=derive_seed(study.study.seed, 'point', point.seed), mix=[point.n_real if point.real_share else 0, point.real_share], code=code_sha(), versions=versions())
 
-def order_seeds(study: Study, point: Point) -> tuple:
+def order_seeds(study: Study,  # the study
+                point: Point   # which run
+               ) -> tuple:
     "Seeds of the two slots' orders: each seed of the study has its own order of each set."
     return tuple(derive_seed(study.study.seed, 'order', s, point.seed) for s in (point.real, point.synthetic))
 
-# %% ../nbs/06_classify.ipynb #5fd9fe50
-def run_point(study_dir: str, point: Point) -> dict:
+# %% ../nbs/06_classify.ipynb #477ddb70
+def run_point(study_dir: str,  # the study's folder
+              point: Point     # which run
+             ) -> dict:
     "Train and measure one point, or read it from the cache build/points; returns its record."
     study, e = _study(str(study_dir)), _study(str(study_dir)).classify.eval
     x, y, hashes = training_images(study.dir, point, order_seeds(study, point), len(study.study.classes))
@@ -114,8 +125,10 @@ def _worker(study_dir, point: tuple, parent: int):
     try: return point, run_point(study_dir, Point(*point))
     except Exception as e: return point, e
 
-# %% ../nbs/06_classify.ipynb #4c73d300
-def check_curve(study: Study, name: str) -> CurveSpec:
+# %% ../nbs/06_classify.ipynb #4c4b7360
+def check_curve(study: Study,  # the study
+                name: str      # key in params.yaml
+               ) -> CurveSpec:
     "Whether the sets can give what a curve asks for, and whether training and test images are apart."
     curves = study.classify.curves
     if name not in curves: raise StudyError(f"no curve {name!r} under classify.curves{nearest(name, curves)}")
@@ -135,8 +148,10 @@ def check_curve(study: Study, name: str) -> CurveSpec:
         if len(leak): raise StudyError(f"set {getattr(c, slot)!r}: {len(leak)} training images are also test images, e.g. {leak.key.iloc[0]}")
     return c
 
-def run_points(study: Study, points: list, workers: int = 0    # processes; 0: one a core
-              ) -> dict:                                       # Point -> record
+def run_points(study: Study,      # the study
+               points: list,      # which runs
+               workers: int = 0   # processes; 0: one a core
+              ) -> dict:    # Point -> record
     "Run points side by side; finished ones are kept whatever happens to the rest."
     from synthscale.classify import _worker as exported
     todo = sorted(points, key=lambda p: -study.classify.recipe.samples_seen(p.n_images)*p.times)
@@ -155,7 +170,11 @@ def run_points(study: Study, points: list, workers: int = 0    # processes; 0: o
 # %% ../nbs/06_classify.ipynb #5335b3f0
 KEYS = ['study', 'task', 'curve', 'arch', 'source', 'n_images', 'n_real', 'n_synthetic', 'seed', 'test_set']
 
-def point_rows(study: Study, curve: str, p: Point, record: dict) -> list:
+def point_rows(study: Study,  # the study
+               curve: str,    # name of the curve
+               p: Point,      # the point
+               record: dict   # as run_point gives it
+              ) -> list:
     "The rows of one point: loss and top1 on every test set."
     c = study.classify
     base = dict(study=study.study.name, task='classify', curve=curve, arch=c.arch.name, source=p.source, n_images=p.n_images, n_real=p.n_real,
@@ -164,14 +183,21 @@ def point_rows(study: Study, curve: str, p: Point, record: dict) -> list:
     return [dict(base, test_set=t, metric=k, value=m[k], n_test=m['n_test'], **tail, point=record['key'][:12])
             for t in (c.eval.validation, *c.eval.tests) for m in [record['tests'][t]] for k in ('loss', 'top1')]
 
-def class_rows(study: Study, curve: str, p: Point, record: dict) -> list:
+def class_rows(study: Study,  # the study
+               curve: str,    # name of the curve
+               p: Point,      # the point
+               record: dict   # as run_point gives it
+              ) -> list:
     "The per-class rows of one point: recall and loss."
     e = study.classify.eval
     return [dict(curve=curve, source=p.source, n_images=p.n_images, n_real=p.n_real, n_synthetic=p.n_synthetic, seed=p.seed, test_set=t, metric=k,
                  value=m[f'class_{k}'][i], n_test=m['class_n'][i]) | {'class': name}
             for t in (e.validation, *e.tests) for m in [record['tests'][t]] for i, name in enumerate(study.study.classes) for k in ('recall', 'loss')]
 
-def compute_check(study: Study, curve: str, done: dict) -> pd.DataFrame:
+def compute_check(study: Study,  # the study
+                  curve: str,    # name of the curve
+                  done: dict     # Point -> record
+                 ) -> pd.DataFrame:
     "How far doubling the steps moves the loss at the ends of a curve: mean over seeds, and whether that is within the tolerance."
     rows = []
     for p in [p for p in done if p.times == 2]:
@@ -185,10 +211,10 @@ def compute_check(study: Study, curve: str, done: dict) -> pd.DataFrame:
     g['compute_limited'] = g.move.abs() > study.classify.compute_tolerance
     return g
 
-def run_curve(study: Study,
-              name: str,          # under classify.curves
-              workers: int = 0    # processes; 0: one a core
-             ) -> pd.DataFrame:   # the rows of the curve
+def run_curve(study: Study,      # the study
+              name: str,         # under classify.curves
+              workers: int = 0   # processes; 0: one a core
+             ) -> pd.DataFrame:    # the rows of the curve
     "Train and measure a curve; writes curve.csv, per_class.parquet and compute_check.csv to runs/classify/NAME."
     c = check_curve(study, name)
     points = curve_points(c)

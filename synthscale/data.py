@@ -128,10 +128,10 @@ class ImageSet:
     manifest: pd.DataFrame     # n rows
     def __len__(self): return len(self.labels)
 
-def load_set(folder,             # sets/NAME
-             split: str = None,  # only this split
-             size: int = None,   # pixels a side; None: as stored
-             channels: int = None
+def load_set(folder,                # sets/NAME
+             split: str = None,     # only this split
+             size: int = None,      # pixels a side; None: as stored
+             channels: int = None   # 1 or 3
             ) -> ImageSet:
     "Read a set or one split of it; a shard or an image that is not what the manifest says is an error that names it."
     folder = Path(folder)
@@ -226,10 +226,10 @@ def grey(counts    # 0 to 16, as UCI counts ink in its 4x4 blocks
 # %% ../nbs/01_data.ipynb #6321fd50
 GLYPH = 48     # height of a glyph in pixels before distortion
 
-def draw_glyph(font_file,     # a .ttf file
-               digit: str,    # the character
-               height: int = GLYPH
-              ):              # float32 array in 0..1, cropped to the ink
+def draw_glyph(font_file,            # a .ttf file
+               digit: str,           # the character
+               height: int = GLYPH   # pixels
+              ):    # float32 array in 0..1, cropped to the ink
     "One character of a font."
     font = ImageFont.truetype(str(font_file), 2*height)
     im = Image.new('L', (4*height, 4*height))
@@ -302,7 +302,13 @@ WORDINGS = ['{style} {digit} in a {face} typeface', 'the digit {digit}, {style},
             'number {digit}, {face} {style}']
 SHORT = ['{digit}', 'the digit {digit}', 'a {digit}', 'number {digit}']
 
-def caption(label: int, font, classes: list, rng, incomplete: float, wrong: float) -> str:
+def caption(label: int,         # class index
+            font,               # row of fonts.csv
+            classes: list,      # class names, in label order
+            rng,                # numpy Generator
+            incomplete: float,  # share of captions without style
+            wrong: float        # share of captions that name another class
+           ) -> str:
     "A caption that states class, weight, slant and face; sometimes only the class, rarely the wrong one."
     if rng.random() < wrong: label = int((label+rng.integers(1, len(classes))) % len(classes))
     digit = classes[label] if rng.random() < .5 else str(label)
@@ -313,7 +319,11 @@ def caption(label: int, font, classes: list, rng, incomplete: float, wrong: floa
 # %% ../nbs/01_data.ipynb #def15700
 IMAGE_TYPES = ('png', 'jpg', 'jpeg', 'webp', 'bmp', 'tif', 'tiff', 'gif')
 
-def folder_samples(path, classes: list, size: int, channels: int):
+def folder_samples(path,           # file or folder
+                   classes: list,  # class names, in label order
+                   size: int,      # pixels a side
+                   channels: int   # 1 or 3
+                  ):
     "Images of an ImageFolder: SPLIT/CLASS/file, or CLASS/file, which is then all 'train'; files in sorted order."
     path = Path(path)
     if not path.is_dir(): raise StudyError(f"{path}: no such folder")
@@ -330,7 +340,11 @@ def folder_samples(path, classes: list, size: int, channels: int):
                 if file.suffix[1:].lower() in IMAGE_TYPES:
                     yield dict(split=split, label=classes.index(c), image=decode(file.read_bytes(), size, channels, file))
 
-def shard_samples(path, classes: list, size: int, channels: int):
+def shard_samples(path,           # file or folder
+                  classes: list,  # class names, in label order
+                  size: int,      # pixels a side
+                  channels: int   # 1 or 3
+                 ):
     "Images of existing WebDataset shards: FOLDER/*.tar[.gz], or SPLIT/*.tar[.gz]; `cls` is an index or a class name."
     path = Path(path)
     tars = lambda p: sorted(q for q in p.iterdir() if q.name.endswith(('.tar', '.tar.gz', '.tgz')))
@@ -354,8 +368,10 @@ def _label(text, classes, name):
     if text.isdigit() and int(text) < len(classes): return int(text)
     raise StudyError(f"{name}: class {text!r} is none of the study's{nearest(text, classes)}")
 
-# %% ../nbs/01_data.ipynb #e9515bc0
-def set_samples(study: Study, name: str):
+# %% ../nbs/01_data.ipynb #442931c0
+def set_samples(study: Study,  # the study
+                name: str      # key in params.yaml
+               ):
     "The samples of a set of the study, by its kind."
     spec, classes = study.data.sets[name], study.study.classes
     path, size, ch = study.path(spec.input), study.data.image_size, study.data.channels
@@ -379,9 +395,9 @@ def check_set(m: pd.DataFrame,    # manifest
     twice = first[first.duplicated('sha256', keep=False)].sort_values('sha256')
     if len(twice): raise StudyError(f"set {name!r}: the same image is in two splits: {twice.key.iloc[0]} and {twice.key.iloc[1]} ({len(twice)} such keys)")
 
-def build_set(study: Study,
-              name: str       # under data.sets
-             ) -> pd.DataFrame:  # the manifest
+def build_set(study: Study,  # the study
+              name: str      # under data.sets
+             ) -> pd.DataFrame:    # the manifest
     "Make the shards and the manifest of one set."
     study.set_dir(name)
     spec = study.data.sets[name]
@@ -391,10 +407,10 @@ def build_set(study: Study,
     write_atomic(study.path('runs', 'data', name, 'samples.png'), encode_png(sample_grid(study.set_dir(name), len(study.study.classes))))
     return m
 
-def sample_grid(folder,           # sets/NAME
-                n_classes: int,
-                n: int = 10       # images a class
-               ) -> np.ndarray:   # uint8
+def sample_grid(folder,          # sets/NAME
+                n_classes: int,  # classes of the study
+                n: int = 10      # images a class
+               ) -> np.ndarray:    # uint8
     "The first n images of each class of a set's first split, a row a class: what the report shows of it."
     m = read_manifest(folder)
     m = m[m.split == m.split.iloc[0]]

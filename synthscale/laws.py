@@ -28,7 +28,8 @@ def seed_slopes(df: pd.DataFrame    # rows of one curve, test set and metric
     "The exponent of each seed's own line."
     return df.groupby('seed').apply(lambda g: -fit_line(g.n, g.value).params[1], include_groups=False)
 
-def heldout(df: pd.DataFrame) -> float:
+def heldout(df: pd.DataFrame   # rows as in curves.csv
+           ) -> float:
     "RMSLE at the largest size, of the line fitted to all smaller ones; NaN with fewer than three sizes."
     top = df.n.max()
     low = df[df.n < top]
@@ -50,8 +51,9 @@ def fit_curve(df: pd.DataFrame,     # rows of one curve, test set and metric wit
     return dict(law='power', k=-f.params[1], ci_lo=lo, ci_hi=hi, interval=kind, n_mid=float(np.exp(np.log(df.n).mean())), loss_mid=float(np.exp(f.params[0])),
                 n_lo=df.n.min(), n_hi=df.n.max(), n_points=len(df), n_seeds=len(slopes), heldout_rmsle=heldout(df))
 
-# %% ../nbs/08_laws.ipynb #a9028c20
-def compare_slopes(a: pd.Series, b: pd.Series    # seed -> k of each curve
+# %% ../nbs/08_laws.ipynb #93b2c950
+def compare_slopes(a: pd.Series,  # seed -> k of one curve
+                   b: pd.Series   # seed -> k of each curve
                   ) -> dict:
     "Paired difference of exponents with its interval; 'differ' only where the interval excludes 0."
     seeds = a.index.intersection(b.index)
@@ -59,9 +61,11 @@ def compare_slopes(a: pd.Series, b: pd.Series    # seed -> k of each curve
     d, lo, hi = t_interval(a[seeds]-b[seeds])
     return dict(difference=d, ci_lo=lo, ci_hi=hi, n_seeds=len(seeds), verdict='differ' if lo > 0 or hi < 0 else 'not shown')
 
-# %% ../nbs/08_laws.ipynb #baad0210
-def equivalent(loss: float, n, losses    # the other curve: sizes ascending, its losses
-              ):                         # (n, '=') or a bound: (n, '<') or (n, '>')
+# %% ../nbs/08_laws.ipynb #56453f30
+def equivalent(loss: float,  # the loss to reach
+               n,            # sizes
+               losses        # the other curve: sizes ascending, its losses
+              ):    # (n, '=') or a bound: (n, '<') or (n, '>')
     "The size at which a curve reaches a loss."
     n, l = np.log(np.asarray(n, float)), np.minimum.accumulate(np.log(np.asarray(losses, float)))
     t = np.log(loss)
@@ -71,7 +75,10 @@ def equivalent(loss: float, n, losses    # the other curve: sizes ascending, its
     if i == 0: return float(np.exp(n[0])), '='
     return float(np.exp(n[i-1]+(n[i]-n[i-1])*(l[i-1]-t)/(l[i-1]-l[i]))), '='
 
-def worth(df: pd.DataFrame, a: str, b: str) -> dict:
+def worth(df: pd.DataFrame,  # rows as in curves.csv
+          a: str,            # one curve
+          b: str             # the other curve
+         ) -> dict:
     "How many images of curve b the largest size of curve a is worth, with an interval over seeds where no seed hits a bound."
     A, B = df[df.curve == a], df[df.curve == b]
     top = A.n.max()
@@ -98,19 +105,21 @@ def mixing_gain(df: pd.DataFrame    # rows with n_real and n_synthetic
                              verdict='helps' if hi < 0 else 'hurts' if lo > 0 else 'not shown'))
     return pd.DataFrame(rows, columns=['curve', 'test_set', 'n_real', 'n_synthetic', 'ratio', 'ci_lo', 'ci_hi', 'n_seeds', 'verdict'])
 
-# %% ../nbs/08_laws.ipynb #d20eae50
-def with_n(df: pd.DataFrame, x: dict = None) -> pd.DataFrame:
+# %% ../nbs/08_laws.ipynb #f08052a0
+def with_n(df: pd.DataFrame,  # rows as in curves.csv
+           x: dict = None     # curve -> column that varies
+          ) -> pd.DataFrame:
     "The rows with a column n: the size that varies along each curve (default n_images); rows where it is 0 have no place on a log axis."
     n = df.n_images.astype(float).copy()
     for curve, column in (x or {}).items(): n[df.curve == curve] = df[column][df.curve == curve]
     return df.assign(n=n)[n > 0]
 
-def fit_table(df: pd.DataFrame,         # rows as read_curves gives them
-              fit_range: dict = None,   # curve -> [lo, hi]; default: every curve, all its sizes
-              x: dict = None,           # curve -> column of the size that varies
-              compare: list = (),       # pairs of curves
-              metric: str = 'loss'
-             ):                         # laws, comparisons, worths: three tables
+def fit_table(df: pd.DataFrame,        # rows as read_curves gives them
+              fit_range: dict = None,  # curve -> [lo, hi]; default: every curve, all its sizes
+              x: dict = None,          # curve -> column of the size that varies
+              compare: list = (),      # pairs of curves
+              metric: str = 'loss'     # which measurement
+             ):    # laws, comparisons, worths: three tables
     "Fit every curve on every test set, compare the named pairs, and say what one is worth in the other."
     df = with_n(df[df.metric == metric], x)
     if not len(df): raise StudyError(f"no row has metric {metric!r}")
@@ -126,7 +135,8 @@ def fit_table(df: pd.DataFrame,         # rows as read_curves gives them
     worths = [dict(curve=a, in_images_of=b, test_set=t, **worth(df[df.test_set == t], a, b)) for p, q, t in pairs for a, b in ((q, p),)]
     return pd.DataFrame(laws), pd.DataFrame(comparisons), pd.DataFrame(worths)
 
-def fit_study(study: Study) -> pd.DataFrame:
+def fit_study(study: Study   # the study
+             ) -> pd.DataFrame:
     "Write results/laws.csv, comparisons.csv, worth.csv and gains.csv; returns the first."
     l, df = study.laws, read_curves(study.path('results', 'curves.csv'))
     laws, comparisons, worths = fit_table(df, l.fit_range, l.x, l.compare, l.metric)

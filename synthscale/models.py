@@ -12,10 +12,10 @@ from .train import create_net, features, load_net, logits, measure, save_net, tr
 # %% auto #0
 __all__ = ['build_model', 'model_card']
 
-# %% ../nbs/02_models.ipynb #70d3e9d0
-def build_model(study: Study,
-                name: str           # under models
-               ) -> pd.DataFrame:   # how it does on the other splits of its own set
+# %% ../nbs/02_models.ipynb #14cd42a0
+def build_model(study: Study,  # the study
+                name: str      # under models
+               ) -> pd.DataFrame:    # how it does on the other splits of its own set
     "Train one model of the study and save it to models/NAME."
     if name not in study.models: raise StudyError(f"no model {name!r} under models{nearest(name, study.models)}")
     spec, classes, c = study.models[name], study.study.classes, study.classify
@@ -28,7 +28,10 @@ def build_model(study: Study,
     save_net(study.path('models', name), net, c.arch, classes, study.data.channels, note)
     return model_card(study, name, net)
 
-def model_card(study: Study, name: str, net) -> pd.DataFrame:
+def model_card(study: Study,  # the study
+               name: str,     # key in params.yaml
+               net            # torch module
+              ) -> pd.DataFrame:
     "Loss and top1 of a judge on every split of its set that it was not trained on."
     spec, rows = study.models[name], []
     every = load_set(study.set_dir(spec.set))

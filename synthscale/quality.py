@@ -15,19 +15,19 @@ from .train import features, load_net, logits
 __all__ = ['recognizability', 'diversity', 'duplicate_rate', 'score_source']
 
 # %% ../nbs/05_quality.ipynb #844f0160
-def recognizability(labels,           # class each image was made for
-                    named,            # class the judge names
-                    n_classes: int
-                   ) -> np.ndarray:   # F1 of each class
+def recognizability(labels,          # class each image was made for
+                    named,           # class the judge names
+                    n_classes: int   # classes of the study
+                   ) -> np.ndarray:    # F1 of each class
     "F1 of each class under a frozen judge; the mean over classes is the recognizability of the set."
     return f1_score(labels, named, labels=np.arange(n_classes), average=None, zero_division=0.)
 
 # %% ../nbs/05_quality.ipynb #72e210c0
-def diversity(feats,            # n x d
-              labels,           # class of each
-              n_classes: int,
-              scale=1.          # d, or a number: what one unit of each dimension is
-             ) -> np.ndarray:   # of each class; NaN where a class has fewer than two images
+def diversity(feats,           # n x d
+              labels,          # class of each
+              n_classes: int,  # classes of the study
+              scale=1.0        # d, or a number: what one unit of each dimension is
+             ) -> np.ndarray:    # of each class; NaN where a class has fewer than two images
     "Mean standard deviation of features within each class."
     f, labels = np.asarray(feats, float)/scale, np.asarray(labels)
     return np.array([f[labels == c].std(0).mean() if (labels == c).sum() > 1 else np.nan for c in range(n_classes)])
@@ -38,10 +38,10 @@ def duplicate_rate(hashes    # SHA-256 of each image
     "Share of images that repeat an earlier one."
     return float(pd.Series(list(hashes)).duplicated().mean())
 
-# %% ../nbs/05_quality.ipynb #52cad0b0
-def score_source(study: Study,
-                 name: str           # under quality.sources
-                ) -> pd.DataFrame:   # source, class, metric, value, n; class 'all' is the mean over classes
+# %% ../nbs/05_quality.ipynb #27756190
+def score_source(study: Study,  # the study
+                 name: str      # under quality.sources
+                ) -> pd.DataFrame:    # source, class, metric, value, n; class 'all' is the mean over classes
     "Judge one source and write runs/quality/NAME/quality.csv."
     q, classes = study.quality, study.study.classes
     if name not in q.sources: raise StudyError(f"no source {name!r} under quality.sources{nearest(name, q.sources)}")

@@ -29,13 +29,20 @@ def style(curves: list,          # in the order in which colours are given
     colours = sns.color_palette('colorblind', max(len(curves), 1))
     return {c: dict(color=colours[i], marker=MARKERS[i % len(MARKERS)], label=(labels or {}).get(c, c)) for i, c in enumerate(curves)}
 
-def axes(n=1, width=5.2, height=3.9, **kw):
+def axes(n=1,         # panels
+         width=5.2,   # inches a panel
+         height=3.9,  # inches
+         **kw         # for plt.subplots
+        ):
     "A figure with n panels side by side, and its axes as a list."
     sns.set_theme('paper', 'ticks', rc={'axes.spines.top': False, 'axes.spines.right': False, 'svg.hashsalt': 'synthscale'})
     fig, ax = plt.subplots(1, n, figsize=(width*n, height), squeeze=False, layout='constrained', **kw)
     return fig, list(ax[0])
 
-def save(fig, path, dpi=130) -> Path:
+def save(fig,      # matplotlib figure
+         path,     # file or folder
+         dpi=130   # pixels an inch
+        ) -> Path:
     "Write a figure as PNG, the same bytes for the same figure."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,12 +50,12 @@ def save(fig, path, dpi=130) -> Path:
     plt.close(fig)
     return path
 
-# %% ../nbs/09_report.ipynb #08d6dd70
-def plot_scaling(ax,
-                 means: pd.DataFrame,   # rows as in summary.csv, with a column n
-                 laws: pd.DataFrame,    # rows as in laws.csv
-                 test_set: str,
-                 looks: dict            # from `style`
+# %% ../nbs/09_report.ipynb #9bfe3ea0
+def plot_scaling(ax,                   # matplotlib axes
+                 means: pd.DataFrame,  # rows as in summary.csv, with a column n
+                 laws: pd.DataFrame,   # rows as in laws.csv
+                 test_set: str,        # name of the test split
+                 looks: dict           # from `style`
                 ):
     "Loss against n_images for each curve in `looks`, with its fitted line."
     for c, look in looks.items():
@@ -71,14 +78,20 @@ def plot_scaling(ax,
     plain_ticks(ax)
     ax.legend(frameon=False, fontsize=8)
 
-def plain_ticks(ax):
+def plain_ticks(ax   # matplotlib axes
+               ):
     "Decimal numbers on the loss axis, at 1, 2 and 5."
     ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(10, (1, 2, 5)))
     ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f'{v:g}'))
     ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
-# %% ../nbs/09_report.ipynb #444e16c0
-def plot_mixing(ax, means: pd.DataFrame, mixing: list, test_set: str, looks: dict):
+# %% ../nbs/09_report.ipynb #adb75440
+def plot_mixing(ax,                   # matplotlib axes
+                means: pd.DataFrame,  # rows as in summary.csv
+                mixing: list,         # names of mixed curves
+                test_set: str,        # name of the test split
+                looks: dict           # from `style`
+               ):
     "Loss against the number of added artificial images; real images alone as a dashed line."
     for c in mixing:
         m = means[(means.curve == c) & (means.test_set == test_set) & (means.metric == 'loss')].sort_values('n_synthetic')
@@ -92,29 +105,47 @@ def plot_mixing(ax, means: pd.DataFrame, mixing: list, test_set: str, looks: dic
     plain_ticks(ax)
     ax.legend(frameon=False, fontsize=8, title='dashed: the real images alone', title_fontsize=8)
 
-# %% ../nbs/09_report.ipynb #e69adc70
-def class_means(per_class: pd.DataFrame, curve: str, test_set: str, metric: str = 'recall') -> pd.DataFrame:
+# %% ../nbs/09_report.ipynb #fd006700
+def class_means(per_class: pd.DataFrame,  # rows as in per_class.parquet
+                curve: str,               # name of the curve
+                test_set: str,            # name of the test split
+                metric: str = 'recall'    # which measurement
+               ) -> pd.DataFrame:
     "Mean over seeds, a row a size and a column a class."
     g = per_class[(per_class.curve == curve) & (per_class.test_set == test_set) & (per_class.metric == metric)]
     return g.pivot_table(index='n_images', columns='class', values='value', aggfunc='mean', sort=False).sort_index()
 
-def plot_classes(ax, per_class: pd.DataFrame, curve: str, test_set: str, classes: list, title=''):
+def plot_classes(ax,                       # matplotlib axes
+                 per_class: pd.DataFrame,  # rows as in per_class.parquet
+                 curve: str,               # name of the curve
+                 test_set: str,            # name of the test split
+                 classes: list,            # class names, in label order
+                 title=''                  # words above
+                ):
     "Recall of each class against n, as a heat map that shows its numbers."
     t = class_means(per_class, curve, test_set)[classes].T
     sns.heatmap(t, ax=ax, vmin=0, vmax=1, cmap='cividis', annot=True, fmt='.2f', annot_kws=dict(size=6.5), cbar=False, linewidths=.3)
     ax.set(xlabel='training images', ylabel='', title=title)
     ax.tick_params(axis='y', rotation=0)
 
-# %% ../nbs/09_report.ipynb #1cb9e120
-def plot_samples(ax, grid,    # uint8 array, ten images of each class, a row a class
-                 title=''):
+# %% ../nbs/09_report.ipynb #b7a31fa0
+def plot_samples(ax,        # matplotlib axes
+                 grid,      # uint8 array, ten images of each class, a row a class
+                 title=''   # words above
+                ):
     "The grid of images that the data stage made of a set; grey ones as ink on paper."
     ax.imshow(255-grid if grid.ndim == 2 else grid, cmap='gray', vmin=0, vmax=255)
     ax.set_title(title, fontsize=9)
     ax.axis('off')
 
-# %% ../nbs/09_report.ipynb #496e6700
-def headline(means, laws, comparisons, worths, gains=None, quality=None) -> dict:
+# %% ../nbs/09_report.ipynb #bf100d10
+def headline(means,         # rows as in summary.csv
+             laws,          # rows as in laws.csv
+             comparisons,   # rows as in comparisons.csv
+             worths,        # rows as in worth.csv
+             gains=None,    # rows as in gains.csv
+             quality=None   # rows as in quality.csv
+            ) -> dict:
     "A few numbers of the study, rounded to what their intervals support."
     r = lambda v, d=3: None if pd.isna(v) else round(float(v), d)
     out = {'k': {}, 'smallest': {}, 'largest': {}, 'difference_of_k': {}, 'worth': {}, 'gain': {}, 'quality': {}}
@@ -138,12 +169,16 @@ def _table(study, name, columns=()):
     try: return pd.read_csv(path)
     except pd.errors.EmptyDataError: return pd.DataFrame(columns=list(columns))
 
-def plot_table(means: pd.DataFrame, curves: list, tests: list) -> pd.DataFrame:
+def plot_table(means: pd.DataFrame,  # rows as in summary.csv
+               curves: list,         # names of curves
+               tests: list           # names of test splits
+              ) -> pd.DataFrame:
     "Mean loss, a row a curve, size and test set: what `dvc plots` draws."
     m = means[means.curve.isin(curves) & means.test_set.isin(tests) & (means.metric == 'loss')]
     return m[['curve', 'test_set', 'n_images', 'mean']].rename(columns=dict(mean='loss')).sort_values(['curve', 'test_set', 'n_images'])
 
-def make_report(study: Study) -> dict:
+def make_report(study: Study   # the study
+               ) -> dict:
     "Write every figure to figures/, headline.json and the table that `dvc plots` draws to results/; returns the headline."
     rep, tests = study.report, study.classify.eval.tests
     means = with_n(_table(study, 'summary.csv'))
@@ -169,7 +204,9 @@ def make_report(study: Study) -> dict:
     write_atomic(study.path('results', 'headline.json'), json.dumps(h, indent=1)+'\n')
     return h
 
-def sample_figure(study: Study, path):
+def sample_figure(study: Study,  # the study
+                  path           # file or folder
+                 ):
     "Image grids of the sets that params.yaml names."
     if not study.report.samples: return
     fig, panels = axes(len(study.report.samples), 3, 3.2)

@@ -27,7 +27,9 @@ def read_curves(path    # a CSV file
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise StudyError(f"{path}: not readable as CSV: {e}") from None
     return check_curves(df, path)
 
-def check_curves(df: pd.DataFrame, path='curves.csv') -> pd.DataFrame:
+def check_curves(df: pd.DataFrame,   # rows as in curves.csv
+                 path='curves.csv'   # named in errors
+                ) -> pd.DataFrame:
     "The table with its default columns filled in, after looking for what cannot be."
     for c in NEEDED:
         if c not in df: raise StudyError(f"{path}: column {c!r} is missing{nearest(c, df.columns)}")
@@ -45,8 +47,9 @@ def check_curves(df: pd.DataFrame, path='curves.csv') -> pd.DataFrame:
     if len(twice): raise StudyError(f"{path}: row {twice.index[0]+2} repeats the keys of an earlier row: {twice[keys].iloc[0].to_dict()}")
     return df
 
-# %% ../nbs/07a_results.ipynb #047e6070
-def expected_rows(study: Study) -> pd.DataFrame:
+# %% ../nbs/07a_results.ipynb #a643e520
+def expected_rows(study: Study   # the study
+                 ) -> pd.DataFrame:
     "The keys that params.yaml promises: one row a curve, size, seed, test set and metric."
     e, rows = study.classify.eval, []
     for name, c in study.classify.curves.items():
@@ -54,7 +57,9 @@ def expected_rows(study: Study) -> pd.DataFrame:
             rows += [dict(curve=name, n_real=r, n_synthetic=s, seed=k, test_set=t, metric=m) for k in range(c.seeds) for t in (e.validation, *e.tests) for m in ('loss', 'top1')]
     return pd.DataFrame(rows)
 
-def check_complete(study: Study, df: pd.DataFrame) -> pd.DataFrame:
+def check_complete(study: Study,      # the study
+                   df: pd.DataFrame   # rows as in curves.csv
+                  ) -> pd.DataFrame:
     "The expected rows of `df` in the order of params.yaml; raises `StudyError` that names the first one missing."
     want = expected_rows(study)
     keys = list(want.columns)
@@ -64,7 +69,8 @@ def check_complete(study: Study, df: pd.DataFrame) -> pd.DataFrame:
     if len(lost): raise StudyError(f"results: {len(lost)} of {len(want)} rows are missing, the first is {lost[keys].iloc[0].to_dict()}; delete runs/classify/{lost.curve.iloc[0]} and run dvc repro")
     return have.drop(columns='_merge')[df.columns]
 
-def prune(folder, keep    # names
+def prune(folder,  # folder of outs
+          keep     # names
          ) -> list:
     "Delete what removed curves or sources left behind in a folder of outs."
     gone = [p for p in Path(folder).glob('*') if p.name.removesuffix('.ipynb') not in keep]
@@ -76,7 +82,8 @@ def _read(study, stage, name, file):
     if not path.exists(): raise StudyError(f"{path}: no such file; 'dvc repro {stage}@{name}' makes it")
     return pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path)
 
-def collect(study: Study) -> pd.DataFrame:
+def collect(study: Study   # the study
+           ) -> pd.DataFrame:
     "Write results/curves.csv, per_class.parquet, compute_check.csv, quality.csv and summary.csv; returns the first."
     curves, sources = list(study.classify.curves), list(study.quality.sources)
     prune(study.path('runs', 'classify'), curves)
@@ -92,8 +99,10 @@ def collect(study: Study) -> pd.DataFrame:
     pd.concat([_read(study, 'classify', n, 'per_class.parquet') for n in curves], ignore_index=True).to_parquet(out/'per_class.parquet', index=False)
     return df
 
-# %% ../nbs/07a_results.ipynb #31152280
-def t_interval(values, level: float = .95):
+# %% ../nbs/07a_results.ipynb #f33f1780
+def t_interval(values,               # one number a seed
+               level: float = 0.95   # coverage wanted
+              ):
     "Mean and t interval; NaN limits for a single value."
     v = np.asarray(values, float)
     m = v.mean()

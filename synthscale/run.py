@@ -142,7 +142,10 @@ def one_writer(path,               # lock file
 # %% ../nbs/00a_run.ipynb #f02a57c0
 QUIET = ['--IPKernelApp.log_level=40']     # a kernel's start-up advice is not part of a run; errors still are
 
-def executed_path(study: Study, stage: str, values: dict) -> Path:
+def executed_path(study: Study,  # the study
+                  stage: str,    # name of the stage
+                  values: dict   # parameters that were given
+                 ) -> Path:
     "Where the executed notebook of a stage lies: runs/STAGE/NAME.ipynb, named by the parameters that were given."
     return study.path('runs', stage, '-'.join(map(str, values.values())) or stage)
 
@@ -194,24 +197,24 @@ def lock_is_whole(text: str,       # of dvc.lock
                   before: str,     # the same file before the stage ran, '' if there was none
                   stage: str       # the stage that DVC has just written
                  ) -> bool:
-    "Whether a rewritten dvc.lock is complete: the stage with all of its hashes, and every other stage as it was."
+    "Whether a rewritten dvc.lock has all of its stages, the last of them with its hashes: a file cut short has lost its end."
     from ruamel.yaml import YAML
     read = lambda t: (YAML(typ='safe').load(t) or {}).get('stages', {}) if t else {}
     try:
         now, then = read(text), read(before)
-        outs = now[stage]['outs']
-        return (bool(outs) and all(re.fullmatch(r'[0-9a-f]{32}(\.dir)?', o['md5']) and 'size' in o for o in outs)
-                and all(now[s] == v for s, v in then.items() if s != stage))
+        outs = list(now.values())[-1]['outs']
+        return {*then, stage} <= set(now) and bool(outs) and all(re.fullmatch(r'[0-9a-f]{32}(\.dir)?', o['md5']) and 'size' in o for o in outs)
     except Exception: return False
 
-def guard_lock(folder    # the study's folder
+def guard_lock(folder,      # the study's folder
+               parent: int  # process id of dvc, who started this run
               ):
     "If DVC started this run: fork a process that puts dvc.lock back should dvc die while it writes it."
     import psutil, time
     stage, path = os.environ.get('DVC_STAGE'), Path(folder)/'dvc.lock'
-    if not stage or not hasattr(os, 'fork'): return
+    if not stage or not hasattr(os, 'fork') or os.getppid() != parent: return
     text = lambda: path.read_text(errors='replace') if path.exists() else ''
-    before, dvc = text(), psutil.Process(os.getppid())
+    before, dvc = text(), psutil.Process(parent)
     if os.fork(): return
     try:
         os.setsid()
@@ -307,8 +310,8 @@ def main(argv=None    # command line, without the program's name
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='a parameter of the notebook, as often as needed')
     p.add_argument('--study', default='.', help="the study's folder (default: here)")
     a = p.parse_args(argv)
+    parent, given = os.getppid(), dict(a.p)
     die_with_parent()
-    given = dict(a.p)
     try:
         if a.target and a.stage not in ('new-study', 'refresh'): raise StudyError(f"{a.stage} takes parameters as '-p NAME VALUE', not {a.target!r}")
         if a.stage == 'strip': strip(Study(a.study))
@@ -318,7 +321,7 @@ def main(argv=None    # command line, without the program's name
             new_study(a.target) if a.stage == 'new-study' else refresh(a.target)
         elif given.get('curves'): print(run_alone(a.stage, given))
         else: run_stage(a.stage, given, a.study)
-        if a.stage not in ('readme', 'refresh', 'new-study'): guard_lock(a.study)
+        if a.stage not in ('readme', 'refresh', 'new-study'): guard_lock(a.study, parent)
     except StudyError as e:
         print(f'synthscale: {e}', file=sys.stderr)
         return 1

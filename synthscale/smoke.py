@@ -86,7 +86,9 @@ def smoke_study(*stages    # of data, models, quality, classify, results, laws: 
     run_smoke(Study(folder), stages)
     return str(folder)
 
-def run_smoke(study: Study, stages):
+def run_smoke(study: Study,  # the study
+              stages         # names of stages, in order
+             ):
     "Run stages of a small study one after the other, in this process."
     for stage in stages:
         if stage == 'data':

@@ -17,10 +17,10 @@ __all__ = ['create_net', 'n_parameters', 'passes', 'index_stream', 'to_float', '
            'measure', 'train_and_measure', 'save_net', 'load_net', 'features']
 
 # %% ../nbs/01a_train.ipynb #35bde050
-def create_net(arch: Arch,         # timm name and keyword arguments
-               n_classes: int,
-               channels: int,      # 1 grey, 3 RGB
-               seed: int           # of the initial weights
+def create_net(arch: Arch,      # timm name and keyword arguments
+               n_classes: int,  # classes of the study
+               channels: int,   # 1 grey, 3 RGB
+               seed: int        # of the initial weights
               ) -> torch.nn.Module:
     "A timm network with random weights that depend on the seed alone."
     if not timm.is_model(arch.name): raise StudyError(f"classify.arch.name is {arch.name!r}: timm has no such model{_near(arch.name)}")
@@ -38,8 +38,11 @@ def n_parameters(net    # torch module
     "Trainable parameters."
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
-# %% ../nbs/01a_train.ipynb #f8cc8d00
-def passes(n: int, length: int, generator) -> torch.Tensor:
+# %% ../nbs/01a_train.ipynb #71096520
+def passes(n: int,       # images in the subset
+           length: int,  # images wanted
+           generator     # torch.Generator
+          ) -> torch.Tensor:
     "Shuffled passes over n images, cut at a length."
     return torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-length//n))])[:length] if length else torch.zeros(0, dtype=torch.int64)
 
@@ -75,19 +78,21 @@ def augment(x,                  # batch, channels first
     theta[:, :, 2] = .06*draw(2)
     return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode='border', align_corners=False)
 
-# %% ../nbs/01a_train.ipynb #84a46cf0
-def lr_factor(step: int, steps: int) -> float:
+# %% ../nbs/01a_train.ipynb #44c471c0
+def lr_factor(step: int,   # from 0
+              steps: int   # of the whole run
+             ) -> float:
     "Share of the peak learning rate: linear warm-up over the first tenth of the steps, then a cosine down to 0."
     warm = max(1, steps//10)
     if step < warm: return (step+1)/warm
     return .5*(1+math.cos(math.pi*(step-warm)/max(1, steps-warm)))
 
-def train_net(net,                  # changed in place
-              images,               # uint8, n x h x w x c
-              labels,               # class index of each
-              recipe: Recipe,
-              samples_seen: int,    # whole batches of recipe.batch_size
-              seed: int,            # of the order of images and of augmentation
+def train_net(net,                     # changed in place
+              images,                  # uint8, n x h x w x c
+              labels,                  # class index of each
+              recipe: Recipe,          # how to train
+              samples_seen: int,       # whole batches of recipe.batch_size
+              seed: int,               # of the order of images and of augmentation
               mix: tuple = (0, None)   # n_real (they come first) and their share of the stream
              ):
     "Train a network by the recipe; the same arguments give the same weights on the same machine and thread count."
@@ -109,14 +114,17 @@ def train_net(net,                  # changed in place
 
 # %% ../nbs/01a_train.ipynb #2f3690d0
 @torch.no_grad()
-def logits(net, images, batch: int = 1024) -> torch.Tensor:
+def logits(net,                # torch module
+           images,             # uint8, n x h x w x c
+           batch: int = 1024   # images a pass
+          ) -> torch.Tensor:
     "Outputs of a network for uint8 images."
     net.eval()
     return torch.cat([net(to_float(images[i:i+batch])) for i in range(0, len(images), batch)])
 
 def measure(out,             # logits, n x classes
             labels,          # class index of each
-            n_classes: int
+            n_classes: int   # classes of the study
            ) -> dict:
     "Loss, top1 and, per class, recall, loss and n."
     y = torch.tensor(np.asarray(labels))
@@ -125,20 +133,30 @@ def measure(out,             # logits, n x classes
     per_class = lambda v: (torch.zeros(n_classes, dtype=torch.float64).index_add(0, y, v)/n).tolist()
     return dict(loss=loss.mean().item(), top1=hit.mean().item(), n_test=len(y), class_recall=per_class(hit), class_loss=per_class(loss), class_n=n.tolist())
 
-# %% ../nbs/01a_train.ipynb #96e4d180
-def train_and_measure(images, labels,      # the training subset
-                      tests: dict,         # split -> (images, labels)
-                      arch: Arch, recipe: Recipe, n_classes: int,
-                      samples_seen: int, seed: int,
+# %% ../nbs/01a_train.ipynb #4e726db0
+def train_and_measure(images,                  # the training subset, uint8
+                      labels,                  # the training subset
+                      tests: dict,             # split -> (images, labels)
+                      arch: Arch,              # timm architecture
+                      recipe: Recipe,          # how to train
+                      n_classes: int,          # classes of the study
+                      samples_seen: int,       # images shown, repeats included
+                      seed: int,               # of weights and stream
                       mix: tuple = (0, None)   # n_real and their share of the stream
-                     ) -> dict:            # split -> what `measure` gives
+                     ) -> dict:    # split -> what `measure` gives
     "Train one point and measure it on every test split."
     net = create_net(arch, n_classes, images.shape[-1], derive_seed(seed, 'init'))
     train_net(net, images, labels, recipe, samples_seen, derive_seed(seed, 'stream'), mix)
     return {k: measure(logits(net, xi), yi, n_classes) for k, (xi, yi) in tests.items()}
 
-# %% ../nbs/01a_train.ipynb #2ea19570
-def save_net(folder, net, arch: Arch, classes: list, channels: int, note: dict = None) -> Path:
+# %% ../nbs/01a_train.ipynb #e751fb10
+def save_net(folder,             # where
+             net,                # torch module
+             arch: Arch,         # timm architecture
+             classes: list,      # class names, in label order
+             channels: int,      # 1 or 3
+             note: dict = None   # more entries of config.json
+            ) -> Path:
     "Write weights (safetensors) and what is needed to read them back."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +177,10 @@ def load_net(folder    # as written by save_net
     return net.eval(), c
 
 @torch.no_grad()
-def features(net, images, batch: int = 1024) -> np.ndarray:
+def features(net,                # torch module
+             images,             # uint8, n x h x w x c
+             batch: int = 1024   # images a pass
+            ) -> np.ndarray:
     "The network's last features before its classifier, n x d."
     net.eval()
     return torch.cat([net.forward_head(net.forward_features(to_float(images[i:i+batch])), pre_logits=True) for i in range(0, len(images), batch)]).numpy()

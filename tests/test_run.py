@@ -78,7 +78,7 @@ def test_a_second_writer_waits(tmp_path):
 def test_dvc_killed_over_its_lock_file(tmp_path):
     "A parent that behaves as dvc does: runs the stage, begins to rewrite dvc.lock, and is killed in the middle."
     d = study(tmp_path, 'n')
-    old = "schema: '2.0'\nstages:\n  a:\n    cmd: x\n    outs:\n    - path: o\n      md5: "+'0'*32+"\n      size: 1\n"
+    old = "schema: '2.0'\nstages:\n  a:\n    cmd: x\n    outs:\n    - path: o\n      md5: "+'a'*32+"\n      size: 1\n"
     (d/'dvc.lock').write_text(old)
     code = "import subprocess, sys, time\nsubprocess.run([sys.executable, '-m', 'synthscale.run', 'demo'], check=True)\nf = open('dvc.lock', 'w')\nf.write('schema: \\'2.0\\'\\nstag')\nf.flush()\nopen('half', 'w')\ntime.sleep(60)"
     p = subprocess.Popen([sys.executable, '-c', code], cwd=d, env=environment() | {'PYTHONPATH': str(ROOT), 'DVC_STAGE': 'demo'})
