@@ -311,7 +311,7 @@ def main(argv=None    # command line, without the program's name
     p.add_argument('--study', default='.', help="the study's folder (default: here)")
     a = p.parse_args(argv)
     parent, given = os.getppid(), dict(a.p)
-    die_with_parent()
+    if 'DVC_STAGE' in os.environ: die_with_parent()      # a run that a person started in the background may outlive the shell
     try:
         if a.target and a.stage not in ('new-study', 'refresh'): raise StudyError(f"{a.stage} takes parameters as '-p NAME VALUE', not {a.target!r}")
         if a.stage == 'strip': strip(Study(a.study))
