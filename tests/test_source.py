@@ -36,7 +36,9 @@ def imports(module, seen=None):
     if module in seen: return seen
     seen.add(module)
     for node in ast.walk(ast.parse((ROOT/'synthscale'/f'{module}.py').read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('synthscale.'): imports(node.module.split('.')[1], seen)
+        if isinstance(node, ast.ImportFrom):      # nbdev writes imports of the package as relative ones
+            if node.level == 1 and node.module: imports(node.module, seen)
+            elif (node.module or '').startswith('synthscale.'): imports(node.module.split('.')[1], seen)
         if isinstance(node, ast.Import):
             for a in node.names:
                 if a.name.startswith('synthscale.'): imports(a.name.split('.')[1], seen)
