@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .study import Study, StudyError, derive_seed, file_sha256, nearest, write_atomic
 
 # %% auto #0
-__all__ = ['COLUMNS', 'GLYPH', 'WORDINGS', 'SHORT', 'IMAGE_TYPES', 'encode_png', 'decode', 'write_shard', 'write_set',
+__all__ = ['COLUMNS', 'GLYPH', 'WORDINGS', 'SHORT', 'SHAPES', 'IMAGE_TYPES', 'encode_png', 'decode', 'write_shard', 'write_set',
            'read_manifest', 'tar_samples', 'ImageSet', 'load_set', 'balanced_order', 'subset', 'check_subset',
            'digit_samples', 'grey', 'draw_glyph', 'distort', 'uci_normalise', 'read_fonts', 'typeset_samples',
            'caption', 'folder_samples', 'shard_samples', 'set_samples', 'check_set', 'build_set', 'sample_grid']
@@ -64,7 +64,7 @@ def write_shard(path,      # NAME-000000.tar.gz
 COLUMNS = ['key', 'split', 'class', 'label', 'caption', 'shard', 'sha256', 'shard_sha256']
 
 def write_set(folder,                  # sets/NAME; replaced
-              samples,                 # iterable of dicts: split, label, image (uint8 array), caption
+              samples,                 # iterable of dicts: split, label, image (uint8 array), caption; anything else becomes a column of the manifest
               classes: list,           # label i is classes[i]
               shard_size: int = 4000,  # images a shard
               total: int = None        # for the progress bar
@@ -82,13 +82,14 @@ def write_set(folder,                  # sets/NAME; replaced
         sha = file_sha256(tmp/name)
         for s in buffer:
             rows.append(dict(key=s['key'], split=s['split'], label=s['label'], caption=s['caption'], shard=name,
-                             sha256=hashlib.sha256(s['png']).hexdigest(), shard_sha256=sha) | {'class': classes[s['label']]})
+                             sha256=hashlib.sha256(s['png']).hexdigest(), shard_sha256=sha) | {'class': classes[s['label']]} | s['more'])
         buffer.clear()
     for i, s in enumerate(tqdm(samples, total=total, desc=f'set {folder.name}', unit='image')):
-        buffer.append(dict(key=f"{s['split']}-{i:07d}", png=encode_png(s['image']), split=s['split'], label=int(s['label']), caption=s.get('caption', '')))
+        buffer.append(dict(key=f"{s['split']}-{i:07d}", png=encode_png(s['image']), split=s['split'], label=int(s['label']), caption=s.get('caption', ''),
+                           more={k: v for k, v in s.items() if k not in ('split', 'label', 'image', 'caption')}))
         if len(buffer) == shard_size: flush()
     flush()
-    manifest = pd.DataFrame(rows, columns=COLUMNS)
+    manifest = pd.DataFrame(rows, columns=[*COLUMNS, *(k for k in (rows[0] if rows else ()) if k not in COLUMNS)])
     manifest.to_parquet(tmp/'manifest.parquet', index=False)
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
@@ -299,8 +300,10 @@ def typeset_samples(spec,             # TypesetSpec
 
 # %% ../nbs/01_data.ipynb #f3d0cfa0
 WORDINGS = ['{style} {digit} in a {face} typeface', 'the digit {digit}, {style}, {face}', '{digit} ({style} {face})', 'a {style} {digit} set in {face}',
-            'number {digit}, {face} {style}']
-SHORT = ['{digit}', 'the digit {digit}', 'a {digit}', 'number {digit}']
+            'number {digit}, {face} {style}', '{style} {digit}, {shape}', '{digit}: {shape}, {face}']
+SHORT = ['{digit}', 'the digit {digit}', 'a {digit}', 'number {digit}', '{digit}, {shape}']
+SHAPES = ['a closed ring', 'a single upright stroke', 'a hook over a flat base', 'two open bowls, one over the other', 'an open angle crossed by an upright', 'a flat top over an open bowl',
+          'a tall curve into a closed bowl', 'a flat top and a slanting stroke', 'two closed loops, one over the other', 'a closed bowl over a tall curve']
 
 def caption(label: int,         # class index
             font,               # row of fonts.csv
@@ -309,12 +312,12 @@ def caption(label: int,         # class index
             incomplete: float,  # share of captions without style
             wrong: float        # share of captions that name another class
            ) -> str:
-    "A caption that states class, weight, slant and face; sometimes only the class, rarely the wrong one."
+    "A caption that states class, weight, slant, face or shape; sometimes only the class, rarely the wrong one."
     if rng.random() < wrong: label = int((label+rng.integers(1, len(classes))) % len(classes))
     digit = classes[label] if rng.random() < .5 else str(label)
     style = ' '.join(w for w in (font.weight, font.slant) if w != 'upright')
     wordings = SHORT if rng.random() < incomplete else WORDINGS
-    return wordings[int(rng.integers(len(wordings)))].format(digit=digit, style=style, face=font.face)
+    return wordings[int(rng.integers(len(wordings)))].format(digit=digit, style=style, face=font.face, shape=SHAPES[label])
 
 # %% ../nbs/01_data.ipynb #def15700
 IMAGE_TYPES = ('png', 'jpg', 'jpeg', 'webp', 'bmp', 'tif', 'tiff', 'gif')

@@ -4,6 +4,7 @@
 
 # %% ../nbs/08_laws.ipynb #11e03a90
 from __future__ import annotations
+import functools
 import numpy as np
 import pandas as pd
 import statsmodels.api as sm
@@ -11,8 +12,8 @@ from .results import read_curves, t_interval
 from .study import Study, StudyError, nearest, write_csv
 
 # %% auto #0
-__all__ = ['fit_line', 'seed_slopes', 'heldout', 'fit_curve', 'compare_slopes', 'equivalent', 'worth', 'mixing_gain', 'with_n',
-           'fit_table', 'fit_study']
+__all__ = ['fit_line', 'seed_slopes', 'heldout', 'fit_curve', 'compare_slopes', 'equivalent', 'worth', 'mixing_gain',
+           'choice_table', 'with_n', 'fit_table', 'fit_study']
 
 # %% ../nbs/08_laws.ipynb #1ecd4510
 def fit_line(n,         # sizes
@@ -105,6 +106,26 @@ def mixing_gain(df: pd.DataFrame    # rows with n_real and n_synthetic
                              verdict='helps' if hi < 0 else 'hurts' if lo > 0 else 'not shown'))
     return pd.DataFrame(rows, columns=['curve', 'test_set', 'n_real', 'n_synthetic', 'ratio', 'ci_lo', 'ci_hi', 'n_seeds', 'verdict'])
 
+# %% ../nbs/08_laws.ipynb #a8f61919
+def choice_table(df: pd.DataFrame,   # rows as in curves.csv, one metric
+                 choices: dict,      # name -> (curves, n_images, the chosen curve)
+                 validation: str     # the split that choices may look at
+                ) -> pd.DataFrame:   # a row a candidate
+    "What each declared choice rests on."
+    rows = []
+    for name, (among, n, chosen) in choices.items():
+        at = df[(df.test_set == validation) & (df.n_images == n)]
+        by = {c: at[at.curve == c].set_index('seed').value for c in among}
+        for c, v in by.items():
+            if not len(v): raise StudyError(f"laws.choices.{name}: curve {c!r} has no point at {n} images")
+        seeds = functools.reduce(pd.Index.intersection, (v.index for v in by.values()))
+        by = {c: v[seeds] for c, v in by.items()}
+        best = min(among, key=lambda c: by[c].mean())
+        for c in among:
+            d, lo, hi = t_interval(np.log(by[c]/by[chosen]).dropna()) if c != chosen else (0., np.nan, np.nan)
+            rows.append(dict(choice=name, curve=c, n_images=n, test_set=validation, value=by[c].mean(), ratio=np.exp(d), ci_lo=np.exp(lo), ci_hi=np.exp(hi), n_seeds=len(by[c]), chosen=c == chosen, best=c == best))
+    return pd.DataFrame(rows, columns=['choice', 'curve', 'n_images', 'test_set', 'value', 'ratio', 'ci_lo', 'ci_hi', 'n_seeds', 'chosen', 'best'])
+
 # %% ../nbs/08_laws.ipynb #f08052a0
 def with_n(df: pd.DataFrame,  # rows as in curves.csv
            x: dict = None     # curve -> column that varies
@@ -137,9 +158,10 @@ def fit_table(df: pd.DataFrame,        # rows as read_curves gives them
 
 def fit_study(study: Study   # the study
              ) -> pd.DataFrame:
-    "Write results/laws.csv, comparisons.csv, worth.csv and gains.csv; returns the first."
+    "Write results/laws.csv, comparisons.csv, worth.csv, gains.csv and choices.csv; returns the first."
     l, df = study.laws, read_curves(study.path('results', 'curves.csv'))
     laws, comparisons, worths = fit_table(df, l.fit_range, l.x, l.compare, l.metric)
     gains = mixing_gain(df[df.metric == l.metric])
-    for name, t in (('laws', laws), ('comparisons', comparisons), ('worth', worths), ('gains', gains)): write_csv(study.path('results', f'{name}.csv'), t)
+    chosen = choice_table(df[df.metric == l.metric], {k: (c.among, c.n_images, c.chosen) for k, c in l.choices.items()}, study.classify.eval.validation)
+    for name, t in (('laws', laws), ('comparisons', comparisons), ('worth', worths), ('gains', gains), ('choices', chosen)): write_csv(study.path('results', f'{name}.csv'), t)
     return laws

@@ -12,7 +12,7 @@ from .study import Study, StudyError, derive_seed, nearest, write_csv
 from .train import features, load_net, logits
 
 # %% auto #0
-__all__ = ['recognizability', 'diversity', 'duplicate_rate', 'score_source']
+__all__ = ['recognizability', 'recognized', 'diversity', 'duplicate_rate', 'score_source']
 
 # %% ../nbs/05_quality.ipynb #844f0160
 def recognizability(labels,          # class each image was made for
@@ -21,6 +21,15 @@ def recognizability(labels,          # class each image was made for
                    ) -> np.ndarray:    # F1 of each class
     "F1 of each class under a frozen judge; the mean over classes is the recognizability of the set."
     return f1_score(labels, named, labels=np.arange(n_classes), average=None, zero_division=0.)
+
+# %% ../nbs/05_quality.ipynb #b5700532
+def recognized(labels,          # class each image was made for
+               named,           # class the judge names
+               n_classes: int   # classes of the study
+              ) -> np.ndarray:  # share of each class; NaN where it has no image
+    "Share of the images of each class that a judge names as that class."
+    labels, named = np.asarray(labels), np.asarray(named)
+    return np.array([(named[labels == c] == c).mean() if (labels == c).any() else np.nan for c in range(n_classes)])
 
 # %% ../nbs/05_quality.ipynb #72e210c0
 def diversity(feats,           # n x d
@@ -50,10 +59,12 @@ def score_source(study: Study,  # the study
     i = subset(s, spec.n_images, derive_seed(study.study.seed, 'order', spec.set, 0), len(classes))
     images, labels = s.images[i], s.labels[i]
     table = {}
-    for key, judge in (('recognizability_real', q.real_judge), ('recognizability_concept', q.concept_judge)):
-        net, _ = load_net(study.path('models', judge))
-        table[key] = recognizability(labels, logits(net, images).argmax(1).numpy(), len(classes))
-    net, config = load_net(study.path('models', q.real_judge))
+    for key, judge in (('real', q.real_judge), ('concept', q.concept_judge)):
+        net, _ = load_net(study.path('judges', judge))
+        named = logits(net, images).argmax(1).numpy()
+        table[f'recognizability_{key}'] = recognizability(labels, named, len(classes))
+        table[f'recognized_{key}'] = recognized(labels, named, len(classes))
+    net, config = load_net(study.path('judges', q.real_judge))
     table['diversity'] = diversity(features(net, images), labels, len(classes), np.array(config['feature_std'])+1e-6)
     rows = [dict(source=name, metric=k, value=v, n=int((labels == c).sum())) | {'class': classes[c]} for k, vs in table.items() for c, v in enumerate(vs)]
     rows += [dict(source=name, metric=k, value=float(np.mean(vs)), n=len(labels)) | {'class': 'all'} for k, vs in table.items()]

@@ -4,7 +4,7 @@
 
 # %% ../nbs/09_report.ipynb #11e03a90
 from __future__ import annotations
-import json
+import itertools, json
 from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
@@ -16,8 +16,9 @@ from .results import read_curves, summary
 from .study import Study, StudyError, write_atomic, write_csv
 
 # %% auto #0
-__all__ = ['MARKERS', 'style', 'axes', 'save', 'plot_scaling', 'plain_ticks', 'plot_mixing', 'class_means', 'plot_classes',
-           'plot_samples', 'headline', 'plot_table', 'make_report', 'sample_figure', 'report_table']
+__all__ = ['MARKERS', 'style', 'axes', 'save', 'plot_scaling', 'legend_below', 'plain_ticks', 'plot_mixing', 'plot_grid',
+           'factor_table', 'plot_guidance', 'plot_prompt_sets', 'plot_quality', 'class_means', 'plot_classes',
+           'plot_samples', 'headline', 'plot_table', 'make_report', 'factor_figures', 'sample_figure', 'report_table']
 
 # %% ../nbs/09_report.ipynb #c9df7c20
 MARKERS = 'osD^vPX*<>'
@@ -76,7 +77,13 @@ def plot_scaling(ax,                   # matplotlib axes
         ax.plot(m.n[~full], m['mean'][~full], ls='', marker=look['marker'], mfc='white', mec=look['color'])
     ax.set(xscale='log', yscale='log', xlabel='training images', ylabel=f'loss on {test_set}')
     plain_ticks(ax)
-    ax.legend(frameon=False, fontsize=8)
+    legend_below(ax)
+
+def legend_below(ax,        # matplotlib axes
+                 **kw       # for legend
+                ):
+    "The legend under the axes, where it hides no point."
+    ax.legend(frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(0, -.16), borderaxespad=0, **kw)
 
 def plain_ticks(ax   # matplotlib axes
                ):
@@ -103,7 +110,103 @@ def plot_mixing(ax,                   # matplotlib axes
         if len(alone): ax.axhline(alone['mean'].iloc[0], color=look['color'], ls='--', lw=1)
     ax.set(xscale='log', yscale='log', xlabel='artificial images added', ylabel=f'loss on {test_set}')
     plain_ticks(ax)
-    ax.legend(frameon=False, fontsize=8, title='dashed: the real images alone', title_fontsize=8)
+    legend_below(ax, title='dashed: the real images alone', title_fontsize=8, alignment='left')
+
+# %% ../nbs/09_report.ipynb #564f3d70
+def plot_grid(ax,                   # matplotlib axes
+              means: pd.DataFrame,  # rows as in summary.csv
+              curve: str,           # name of the curve
+              test_set: str,        # name of the test split
+              title=''              # words above
+             ):
+    "Mean loss over n_real x n_synthetic, as a heat map that shows its numbers."
+    m = means[(means.curve == curve) & (means.test_set == test_set) & (means.metric == 'loss')]
+    t = m.pivot(index='n_real', columns='n_synthetic', values='mean').sort_index(ascending=False)
+    sns.heatmap(t, ax=ax, cmap='cividis_r', annot=True, fmt='.2f', annot_kws=dict(size=8), cbar=False, linewidths=.3, norm=matplotlib.colors.LogNorm())
+    ax.set(xlabel='artificial images', ylabel='real images', title=title)
+    ax.tick_params(axis='y', rotation=0)
+
+# %% ../nbs/09_report.ipynb #77b4b806
+def factor_table(study: Study,           # the study
+                 means: pd.DataFrame,    # rows as in summary.csv
+                 quality: pd.DataFrame   # rows as in quality.csv, or None
+                ) -> pd.DataFrame:       # a row a source and test set
+    "Loss at report.factors images of every curve that is made of one generated source alone, with its factors and its quality."
+    rows, made = [], study.generate.sources
+    judged = {} if quality is None else {s: g.set_index('metric').value for s, g in quality[quality['class'] == 'all'].groupby('source')}
+    by_set = {q.set: judged[n] for n, q in study.quality.sources.items() if n in judged}
+    for name, c in study.classify.curves.items():
+        if c.synthetic not in made or c.n_real != [0]: continue
+        s = made[c.synthetic]
+        at = means[(means.curve == name) & (means.metric == 'loss') & (means.n_images == study.report.factors)]
+        for m in at.itertuples():
+            row = dict(curve=name, source=c.synthetic, model=s.model, prompt_set=s.prompts, guidance_scale=s.guidance_scale, n_images=m.n_images, test_set=m.test_set, loss=m.mean, ci_lo=m.ci_lo, ci_hi=m.ci_hi)
+            rows.append(row | {k: by_set.get(c.synthetic, {}).get(k, np.nan) for k in ('recognizability_real', 'recognizability_concept', 'diversity')})
+    return pd.DataFrame(rows, columns=['curve', 'source', 'model', 'prompt_set', 'guidance_scale', 'n_images', 'test_set', 'loss', 'ci_lo', 'ci_hi', 'recognizability_real', 'recognizability_concept', 'diversity'])
+
+def _bars(ax, x, g, **look):
+    "Means with their intervals."
+    err = np.nan_to_num(np.clip(np.array([g.loss-g.ci_lo, g.ci_hi-g.loss], float), 0, None))
+    ax.errorbar(x, g.loss, err, capsize=2, **look)
+
+def _names(factors, labels=None):
+    "What a line or a place on an axis stands for: the prompt set, and the model where there are several."
+    words = factors.prompt_set.map(lambda p: (labels or {}).get(p, p))
+    return words if factors.model.nunique() < 2 else factors.model+': '+words
+
+def plot_guidance(ax,                      # matplotlib axes
+                  factors: pd.DataFrame,   # as factor_table gives it
+                  test_set: str,           # name of the test split
+                  labels: dict = None      # prompt set -> words
+                 ):
+    "Loss at a fixed number of images against the guidance scale, a line a prompt set."
+    f = factors.assign(name=_names(factors, labels).to_numpy())
+    f = f[f.test_set == test_set]
+    lines = dict(tuple(f.groupby('name', sort=False)))
+    for look, g in zip(style(list(lines)).values(), (g.sort_values('guidance_scale') for g in lines.values())):
+        _bars(ax, g.guidance_scale, g, color=look['color'], marker=look['marker'], label=look['label'], lw=1.2 if len(g) > 1 else 0, elinewidth=1)
+    ax.set(xscale='log', xlabel='guidance scale', ylabel=f'loss on {test_set} at {f.n_images.max():,} images')
+    ax.set_xticks(sorted(f.guidance_scale.unique()), [f'{v:g}' for v in sorted(f.guidance_scale.unique())])
+    ax.minorticks_off()
+    ax.legend(frameon=False, fontsize=8, title='prompt set', title_fontsize=8)
+
+def plot_prompt_sets(ax,                      # matplotlib axes
+                     factors: pd.DataFrame,   # as factor_table gives it
+                     tests: list,             # names of splits
+                     labels: dict = None      # prompt set -> words
+                    ):
+    "Prompt sets side by side at the guidance scale that most of them share, on every split."
+    g = factors.drop_duplicates('curve').guidance_scale.mode().min()
+    f = factors.assign(name=_names(factors, labels).to_numpy())
+    f = f[f.guidance_scale == g].drop_duplicates(['name', 'test_set'])
+    sets = list(dict.fromkeys(f.name))
+    for i, (t, colour) in enumerate(zip(tests, sns.color_palette('colorblind', len(tests)))):
+        s = f[f.test_set == t].set_index('name').loc[sets]
+        _bars(ax, np.arange(len(sets))+.15*(i-(len(tests)-1)/2), s, fmt=MARKERS[i], color=colour, label=t)
+    ax.set_xticks(range(len(sets)), sets)
+    ax.set(ylabel=f'loss at {f.n_images.max():,} images', title=f'guidance scale {g:g}', xlim=(-.5, len(sets)-.5))
+    ax.legend(frameon=False, fontsize=8)
+
+def plot_quality(ax,                      # matplotlib axes
+                 factors: pd.DataFrame,   # as factor_table gives it
+                 judge: str,              # 'real' or 'concept'
+                 test_set: str            # name of the test split
+                ):
+    "Recognizability against diversity of every source; the larger the circle, the larger the loss of a classifier trained on it."
+    f = factors[factors.test_set == test_set].dropna(subset=['diversity'])
+    sets = list(dict.fromkeys(f.prompt_set))
+    colours = dict(zip(sets, sns.color_palette('colorblind', len(sets))))
+    ax.scatter(f.diversity, f[f'recognizability_{judge}'], s=220*(f.loss/f.loss.max())**2, c=[colours[p] for p in f.prompt_set], alpha=.8)
+    ax.set(xlabel='diversity', ylabel=f'recognizability, {judge} judge')
+    ax.margins(.18)
+    ax.margins(y=.3)
+    ax.autoscale_view()
+    last = np.inf
+    for r in f.sort_values(f'recognizability_{judge}', ascending=False).itertuples():       # labels from the top down, none closer than a line to the one above
+        at = (r.diversity, getattr(r, f'recognizability_{judge}'))
+        y = ax.transData.transform(at)[1]*72/ax.figure.dpi
+        last = min(y+3, last-8.5)
+        ax.annotate(f'{r.prompt_set}, guidance {r.guidance_scale:g}: {r.loss:.2f}', at, xytext=(9, last-y), textcoords='offset points', fontsize=7)
 
 # %% ../nbs/09_report.ipynb #fd006700
 def class_means(per_class: pd.DataFrame,  # rows as in per_class.parquet
@@ -144,7 +247,9 @@ def headline(means,         # rows as in summary.csv
              comparisons,   # rows as in comparisons.csv
              worths,        # rows as in worth.csv
              gains=None,    # rows as in gains.csv
-             quality=None   # rows as in quality.csv
+             quality=None,  # rows as in quality.csv
+             choices=None,  # rows as in choices.csv
+             factors=None   # as factor_table gives it
             ) -> dict:
     "A few numbers of the study, rounded to what their intervals support."
     r = lambda v, d=3: None if pd.isna(v) else round(float(v), d)
@@ -156,8 +261,13 @@ def headline(means,         # rows as in summary.csv
             out[end].setdefault(c, {})[t] = dict(n_images=int(n)) | {m: r(v) for m, v in g[g.n_images == n].set_index('metric')['mean'].items()}
     for d in comparisons.itertuples(): out['difference_of_k'].setdefault(f'{d.a}-{d.b}', {})[d.test_set] = dict(difference=r(d.difference), ci_lo=r(d.ci_lo), ci_hi=r(d.ci_hi), verdict=d.verdict)
     for w in worths.itertuples(): out['worth'].setdefault(f'{w.curve} in {w.in_images_of}', {})[w.test_set] = dict(n=int(w.n), worth=r(w.worth, 1), ci_lo=r(w.ci_lo, 1), ci_hi=r(w.ci_hi, 1), bound=w.bound)
+    several = gains.groupby('curve').n_real.nunique() if gains is not None else {}      # a grid has gains at several numbers of real images
     for g in (gains if gains is not None else pd.DataFrame()).itertuples():
-        out['gain'].setdefault(g.curve, {}).setdefault(g.test_set, {})[str(g.n_synthetic)] = dict(ratio=r(g.ratio), ci_lo=r(g.ci_lo), ci_hi=r(g.ci_hi), verdict=g.verdict)
+        out['gain'].setdefault(g.curve, {}).setdefault(g.test_set, {})[str(g.n_synthetic) if several[g.curve] == 1 else f'{g.n_real}+{g.n_synthetic}'] = dict(ratio=r(g.ratio), ci_lo=r(g.ci_lo), ci_hi=r(g.ci_hi), verdict=g.verdict)
+    for c in (choices if choices is not None else pd.DataFrame()).itertuples():
+        out.setdefault('choices', {}).setdefault(c.choice, {})[c.curve] = dict(n_images=int(c.n_images), validation_loss=r(c.value), ratio=r(c.ratio), ci_lo=r(c.ci_lo), ci_hi=r(c.ci_hi), chosen=bool(c.chosen), best=bool(c.best))
+    for f in (factors if factors is not None else pd.DataFrame()).itertuples():
+        out.setdefault('factors', {}).setdefault(f.curve, {})[f.test_set] = dict(n_images=int(f.n_images), loss=r(f.loss), ci_lo=r(f.ci_lo), ci_hi=r(f.ci_hi))
     if quality is not None:
         for q in quality[quality['class'] == 'all'].itertuples(): out['quality'].setdefault(q.source, {})[q.metric] = r(q.value)
     return out
@@ -179,30 +289,54 @@ def plot_table(means: pd.DataFrame,  # rows as in summary.csv
 
 def make_report(study: Study   # the study
                ) -> dict:
-    "Write every figure to figures/, headline.json and the table that `dvc plots` draws to results/; returns the headline."
+    "Write every figure to figures/, headline.json, factors.csv and the table that `dvc plots` draws to results/; returns the headline."
     rep, tests = study.report, study.classify.eval.tests
     means = with_n(_table(study, 'summary.csv'))
     laws, comparisons, worths, gains = (_table(study, f'{n}.csv', ['curve']) for n in ('laws', 'comparisons', 'worth', 'gains'))
-    looks = style(list(study.classify.curves), rep.labels)
+    looks = style(list(dict.fromkeys([*rep.scaling, *rep.mixing, *study.classify.curves])), rep.labels)      # the curves of the headline figure get the first colours
     figures = study.path('figures')
     for t in tests:
-        fig, (ax,) = axes()
+        fig, (ax,) = axes(height=4.4)
         plot_scaling(ax, means, laws, t, {c: looks[c] for c in rep.scaling})
         save(fig, figures/f'scaling_{t}.png')
     write_csv(study.path('results', 'plot_loss.csv'), plot_table(means, rep.scaling, tests))
     if rep.mixing:
-        fig, panels = axes(len(tests))
+        fig, panels = axes(len(tests), height=4.4)
         for ax, t in zip(panels, tests): plot_mixing(ax, means, rep.mixing, t, looks)
         save(fig, figures/'mixing.png')
+    if rep.grids:
+        fig, panels = axes(len(rep.grids)*len(tests), 4.2, 3)
+        for ax, (c, t) in zip(panels, itertools.product(rep.grids, tests)): plot_grid(ax, means, c, t, f'{looks[c]["label"]}: loss on {t}')
+        save(fig, figures/'grid.png')
     per_class = pd.read_parquet(study.path('results', 'per_class.parquet'))
     fig, panels = axes(len(rep.scaling), 4.6, 3.6)
     for ax, c in zip(panels, rep.scaling): plot_classes(ax, per_class, c, tests[0], study.study.classes, f'{looks[c]["label"]}: recall on {tests[0]}')
     save(fig, figures/'per_class_recall.png')
     sample_figure(study, figures/'samples.png')
     quality = pd.read_csv(study.path('results', 'quality.csv')) if study.quality.sources else None
-    h = headline(means, laws, comparisons, worths, gains, quality)
+    factors = factor_table(study, means, quality)
+    write_csv(study.path('results', 'factors.csv'), factors)
+    if len(factors): factor_figures(study, factors, figures)
+    h = headline(means, laws, comparisons, worths, gains, quality, _table(study, 'choices.csv'), factors)
     write_atomic(study.path('results', 'headline.json'), json.dumps(h, indent=1)+'\n')
     return h
+
+def factor_figures(study: Study,            # the study
+                   factors: pd.DataFrame,   # as factor_table gives it
+                   figures                  # folder
+                  ):
+    "Guidance, prompt sets and quality, each a figure."
+    e, labels = study.classify.eval, study.report.labels
+    fig, panels = axes(len(e.tests))
+    for ax, t in zip(panels, e.tests): plot_guidance(ax, factors, t, labels)
+    save(fig, figures/'guidance.png')
+    fig, (ax,) = axes(width=5.6)
+    plot_prompt_sets(ax, factors, [e.validation, *e.tests], labels)
+    save(fig, figures/'prompt_sets.png')
+    if factors.diversity.notna().any():
+        fig, panels = axes(2)
+        for ax, judge in zip(panels, ('real', 'concept')): plot_quality(ax, factors, judge, e.tests[0])
+        save(fig, figures/'quality.png')
 
 def sample_figure(study: Study,  # the study
                   path           # file or folder

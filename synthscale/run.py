@@ -294,7 +294,7 @@ def new_study(folder,        # studies/NAME inside a clone of this repository
     text = (root/'params.yaml').read_text()
     text = re.sub(r'^root: .*$', f'root: {os.path.relpath(root, folder)}', text, flags=re.M)
     (folder/'params.yaml').write_text(re.sub(r'^(  name: )\S+', rf'\g<1>{folder.name}', text, count=1, flags=re.M))
-    (folder/'.gitignore').write_text('/build/\n/data/\n/models/\n/runs/\n/sets/\n')
+    (folder/'.gitignore').write_text('/build/\n/data/\n/judges/\n/models/\n/runs/\n/sets/\n')
     subprocess.run([sys.executable, '-m', 'dvc', 'init', '--subdir', '-q'], cwd=folder, check=True)
     shutil.copytree(root/'.dvc'/'plots', folder/'.dvc'/'plots')
     Study(folder)

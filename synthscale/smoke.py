@@ -63,20 +63,31 @@ def smoke_params() -> dict:
     p['study']['name'] = 'smoke'
     p['data']['sets']['typeset']['splits'] = dict(train=120, judge=80)
     p['data']['sets'] = {k: p['data']['sets'][k] for k in ('digits', 'typeset')}
-    p['models']['judge_real']['n_images'], p['models']['judge_concept']['n_images'] = 200, 80
+    p['judges']['judge_real']['n_images'], p['judges']['judge_concept']['n_images'] = 200, 80
+    p['models'] = {'mini_sd': p['models']['mini_sd']}
+    p['models']['mini_sd']['vae'] |= dict(channels=[8, 16], steps=60, batch_size=32)
+    p['models']['mini_sd']['text'] |= dict(width=32, layers=1)
+    p['models']['mini_sd']['unet'] |= dict(channels=[16, 32], steps=60, batch_size=32)
+    p['generate'] = dict(steps=3, batch_size=50, sources={
+        'names_g2': dict(model='mini_sd', prompts='names', guidance_scale=2.0, n_images=120),
+        'styles_g1': dict(model='mini_sd', prompts='styles', guidance_scale=1.0, n_images=80)})
+    p['quality']['sources'] = dict(real=dict(set='digits', split='shift'), typeset=dict(set='typeset'), names_g2=dict(set='names_g2'), styles_g1=dict(set='styles_g1'))
     for s in p['quality']['sources'].values(): s['n_images'] = 60
     p['classify']['recipe'] |= dict(samples_at_100=640, batch_size=32)
     p['classify']['arch']['kwargs'] |= dict(dims=[8, 8, 16, 16])
     p['classify']['curves'] = {
         'real': dict(real='digits', synthetic='digits', n_real=[20, 40, 80], n_synthetic=[0], seeds=2),
         'typeset': dict(real='typeset', synthetic='typeset', n_real=[0], n_synthetic=[20, 40, 80], seeds=2),
-        'real50_typeset': dict(real='digits', synthetic='typeset', n_real=[50], n_synthetic=[0, 80], seeds=2, real_share=.5)}
-    p['laws'] |= dict(fit_range=dict(real=[20, 80], typeset=[20, 80]), compare=[['real', 'typeset']], x={})
-    p['report'] |= dict(scaling=['real', 'typeset'], mixing=['real50_typeset'], labels={})
+        'names_g2': dict(real='names_g2', synthetic='names_g2', n_real=[0], n_synthetic=[20, 40, 80], seeds=2),
+        'styles_g1': dict(real='styles_g1', synthetic='styles_g1', n_real=[0], n_synthetic=[20, 80], seeds=2),
+        'grid': dict(real='digits', synthetic='names_g2', n_real=[20, 50], n_synthetic=[0, 40], seeds=2, real_share=.5)}
+    p['laws'] |= dict(fit_range=dict(real=[20, 80], typeset=[20, 80], names_g2=[20, 80]), compare=[['real', 'typeset'], ['real', 'names_g2']], x={},
+                      choices=dict(prompts=dict(among=['names_g2', 'styles_g1'], n_images=80, chosen='names_g2')))
+    p['report'] |= dict(scaling=['real', 'names_g2', 'typeset'], mixing=['grid'], grids=['grid'], labels={}, samples=['digits', 'typeset', 'names_g2'], factors=80)
     return p
 
 @functools.cache
-def smoke_study(*stages    # of data, models, quality, classify, results, laws: run them, in this order
+def smoke_study(*stages    # of data, models, prompts, generate, judges, quality, classify, results, laws: run them, in this order; 'all' stands for the first five
                ) -> str:   # the study's folder
     "Make the smoke study in a temporary folder and run the given stages in this process; once a process."
     from ruamel.yaml import YAML
@@ -90,6 +101,7 @@ def run_smoke(study: Study,  # the study
               stages         # names of stages, in order
              ):
     "Run stages of a small study one after the other, in this process."
+    stages = [s for x in stages for s in (('data', 'models', 'prompts', 'generate', 'judges') if x == 'all' else (x,))]
     for stage in stages:
         if stage == 'data':
             from synthscale.data import build_set
@@ -97,6 +109,15 @@ def run_smoke(study: Study,  # the study
         elif stage == 'models':
             from synthscale.models import build_model
             for n in study.models: build_model(study, n)
+        elif stage == 'prompts':
+            from synthscale.prompts import write_prompts
+            write_prompts(study)
+        elif stage == 'generate':
+            from synthscale.generate import generate_source
+            for n in study.generate.sources: generate_source(study, n, workers=1)
+        elif stage == 'judges':
+            from synthscale.judges import build_judge
+            for n in study.judges: build_judge(study, n)
         elif stage == 'quality':
             from synthscale.quality import score_source
             for n in study.quality.sources: score_source(study, n)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_study.ipynb #11e03a90
 from __future__ import annotations
-import difflib, hashlib, json, os, threading, time
+import difflib, hashlib, json, os, string, threading, time
 from pathlib import Path
 from typing import Annotated, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,11 +12,12 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 # %% auto #0
-__all__ = ['Ident', 'Count', 'Positive', 'Rate', 'SetSpec', 'Section', 'StudyInfo', 'DigitsSpec', 'TypesetSpec', 'FolderSpec',
-           'ShardsSpec', 'DataSection', 'ModelSpec', 'QualitySource', 'QualitySection', 'Arch', 'Recipe', 'EvalSpec',
-           'CurveSpec', 'ClassifySection', 'LawsSection', 'ReportSection', 'Params', 'StudyError', 'nearest',
-           'read_yaml', 'parse_params', 'Study', 'repo_root', 'derive_seed', 'write_atomic', 'file_sha256', 'write_csv',
-           'die_with_parent']
+__all__ = ['Ident', 'Key', 'Count', 'Positive', 'Rate', 'SetSpec', 'Section', 'StudyInfo', 'DigitsSpec', 'TypesetSpec',
+           'FolderSpec', 'ShardsSpec', 'DataSection', 'VaeSpec', 'TextSpec', 'UnetSpec', 'MiniSDSpec', 'JudgeSpec',
+           'PromptSet', 'PromptsSection', 'SourceSpec', 'GenerateSection', 'QualitySource', 'QualitySection', 'Arch',
+           'Recipe', 'EvalSpec', 'CurveSpec', 'ClassifySection', 'ChoiceSpec', 'LawsSection', 'ReportSection', 'Params',
+           'StudyError', 'nearest', 'read_yaml', 'parse_params', 'Study', 'repo_root', 'derive_seed', 'write_atomic',
+           'file_sha256', 'write_csv', 'die_with_parent']
 
 # %% ../nbs/00_study.ipynb #d201d6f0
 class Section(BaseModel):
@@ -24,6 +25,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra='forbid', strict=True, frozen=True)
 
 Ident = Annotated[str, Field(pattern=r'^[A-Za-z0-9_.+-]+$', max_length=80)]   # lands in stage names and paths, so no slash and no space
+Key = Annotated[str, Field(pattern=r'^[A-Za-z0-9_+-]+$', max_length=80)]     # names something that DVC looks up as section.key: no dot either
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -71,15 +73,72 @@ class DataSection(Section):
     image_size: Positive             # pixels a side, after ingestion
     channels: Literal[1, 3]          # grey or RGB
     shard_size: Positive = 4000      # images a shard
-    sets: dict[Ident, SetSpec]
+    sets: dict[Key, SetSpec]
 
 # %% ../nbs/00_study.ipynb #42c4cf60
-class ModelSpec(Section):
-    "A model the study uses besides the trained points: here a frozen classifier that judges images."
-    kind: Literal['classifier']
+class VaeSpec(Section):
+    "The autoencoder (diffusers' AutoencoderKL): pixels to latents, half as wide for each channel count after the first."
+    channels: Annotated[list[Annotated[int, Field(ge=8, multiple_of=8)]], Field(min_length=2)]     # block_out_channels
+    latent_channels: Positive
+    steps: Positive
+    batch_size: Positive
+    lr: Rate                         # peak of AdamW
+    kl: Rate                         # weight of the KL term, per latent dimension, beside a mean squared error of pixels in -1..1
+
+class TextSpec(Section):
+    "Tokenizer and text encoder (transformers' CLIPTokenizer and CLIPTextModel), trained on the captions of the set."
+    vocab_size: Annotated[int, Field(ge=514)]   # at most; 256 bytes, the same at the end of a word, and two special tokens stand in any case
+    length: Annotated[int, Field(ge=4)]         # tokens a prompt, start and end included; longer ones are cut
+    width: Annotated[int, Field(ge=32, multiple_of=32)]   # 32 to a head
+    layers: Positive
+
+class UnetSpec(Section):
+    "The denoiser (diffusers' UNet2DConditionModel, v-prediction), trained together with the text encoder."
+    channels: Annotated[list[Annotated[int, Field(ge=16, multiple_of=16)]], Field(min_length=2)]   # block_out_channels; text is attended to in the last block
+    steps: Positive
+    batch_size: Positive
+    lr: Rate
+    caption_dropout: Annotated[float, Field(gt=0, lt=1)]       # share of captions left empty: what guidance is measured against
+    ema: Annotated[float, Field(ge=0, lt=1)]                   # decay of the averaged weights, which are the ones saved
+
+class MiniSDSpec(Section):
+    "A small Stable Diffusion, trained by the study itself on the images and captions of one of its sets."
+    kind: Literal['mini_sd']
+    set: Ident                       # under data.sets; its captions are the only text the model knows
+    split: Ident = 'train'
+    vae: VaeSpec
+    text: TextSpec
+    unet: UnetSpec
+
+class JudgeSpec(Section):
+    "A frozen classifier that judges images."
     set: Ident                       # the image set it is trained on
     split: Ident = 'train'
     n_images: Positive               # first n of the class-balanced order of seed 0; classify.recipe says how long
+
+class PromptSet(Section):
+    "What is asked of a generator: every template with every filling, for each class; or prompts written out for each class."
+    templates: list[str] = []                  # {name}, any key of prompts.words, any key of fill
+    fill: dict[Ident, list[str]] = {}          # placeholder -> its fillings; all combinations are made
+    by_class: dict[str, list[str]] = {}        # class -> prompts, instead of templates
+
+class PromptsSection(Section):
+    "Prompt sets, and what may be said of a class in them."
+    words: dict[Ident, dict[str, str]] = {}    # placeholder -> class -> words; `name` defaults to the class's own, with blanks for underscores
+    sets: dict[Key, PromptSet]
+
+class SourceSpec(Section):
+    "A generated image set: one model, one prompt set, one guidance scale."
+    model: Ident                     # under models
+    prompts: Ident                   # under prompts.sets
+    guidance_scale: float            # classifier-free guidance; 1: none
+    n_images: Positive               # classes in turn
+
+class GenerateSection(Section):
+    "Image sets that a text-to-image model draws."
+    steps: Positive                  # denoising steps, by the scheduler saved with the model
+    batch_size: Positive             # images a pass, and what a killed run loses at most, per worker
+    sources: dict[Key, SourceSpec]
 
 class QualitySource(Section):
     "A set whose images are judged."
@@ -91,7 +150,7 @@ class QualitySection(Section):
     "Which images are judged, by which judges."
     real_judge: Ident                # trained on real images: sees the domain gap
     concept_judge: Ident             # trained on artificial images of the same kind: sees whether the concept was drawn
-    sources: dict[Ident, QualitySource]
+    sources: dict[Key, QualitySource]
 
 class Arch(Section):
     "A timm architecture; `kwargs` go to timm.create_model as they are."
@@ -138,28 +197,40 @@ class ClassifySection(Section):
     recipe: Recipe
     eval: EvalSpec
     compute_tolerance: Rate = 0.03   # a curve end whose loss moves by more when the steps double is marked compute-limited
-    curves: dict[Ident, CurveSpec]
+    curves: dict[Key, CurveSpec]
+
+class ChoiceSpec(Section):
+    "A choice among curves, to be made by the validation loss at one size; the results say whether it was."
+    among: Annotated[list[Ident], Field(min_length=2)]
+    n_images: Positive
+    chosen: Ident
 
 class LawsSection(Section):
-    "Scaling laws: over which sizes each curve is fitted, and which exponents are compared. Declared before anything is fitted."
+    "Scaling laws: over which sizes each curve is fitted, which exponents are compared, which choices were made. Declared before anything is fitted."
     metric: Literal['loss'] = 'loss'
     x: dict[Ident, Literal['n_images', 'n_real', 'n_synthetic']] = {}   # the size that varies; default n_images
     fit_range: dict[Ident, Annotated[list[Positive], Field(min_length=2, max_length=2)]]
     compare: list[Annotated[list[Ident], Field(min_length=2, max_length=2)]] = []
+    choices: dict[Ident, ChoiceSpec] = {}
 
 class ReportSection(Section):
     "What the report shows; every curve of the study stands in its tables in any case."
     scaling: list[Ident]                   # curves in the headline figure
     mixing: list[Ident] = []               # curves that add synthetic images to a fixed number of real ones
-    labels: dict[Ident, str] = {}          # curve or set: words for it in figures
+    grids: list[Ident] = []                # curves shown as n_real x n_synthetic
+    labels: dict[Ident, str] = {}          # curve, set or prompt set: words for it in figures
     samples: list[Ident] = []              # sets shown as image grids
+    factors: Union[Positive, None] = None  # images at which generated sources are compared: guidance, prompt sets, quality
 
 class Params(Section):
     "The whole of params.yaml."
     root: str                        # the repository, seen from the study's folder: '.' or '../..'
     study: StudyInfo
     data: DataSection
-    models: dict[Ident, ModelSpec] = {}
+    models: dict[Key, MiniSDSpec]
+    prompts: PromptsSection
+    generate: GenerateSection
+    judges: dict[Key, JudgeSpec]
     quality: QualitySection
     classify: ClassifySection
     laws: LawsSection
@@ -236,17 +307,30 @@ def _check_names(p: Params, file):
     for c in p.study.classes:
         if c in seen: raise StudyError(f"{file}: study.classes names {c!r} twice: each class needs its own name")
         seen.add(c)
-    sets, curves = p.data.sets, p.classify.curves
-    for n, m in p.models.items(): ref(f'models.{n}.set', m.set, sets, 'set under data.sets')
-    for k in ('real_judge', 'concept_judge'): ref(f'quality.{k}', getattr(p.quality, k), p.models, 'model under models')
-    for n, s in p.quality.sources.items(): ref(f'quality.sources.{n}.set', s.set, sets, 'set under data.sets')
-    ref('classify.eval.set', p.classify.eval.set, sets, 'set under data.sets')
+    made, curves = p.generate.sources, p.classify.curves
+    sets, both = {**p.data.sets, **made}, 'set under data.sets or generate.sources'
+    for n in made:
+        if n in p.data.sets: raise StudyError(f"{file}: {n!r} stands under data.sets and under generate.sources: each image set needs its own name")
+    for n, m in p.models.items():
+        ref(f'models.{n}.set', m.set, p.data.sets, 'set under data.sets')
+        whole = 2**(len(m.vae.channels)+len(m.unet.channels)-2)
+        if p.data.image_size % whole: raise StudyError(f"{file}: models.{n}: {len(m.vae.channels)} levels of the autoencoder and {len(m.unet.channels)} of the UNet halve an image {len(m.vae.channels)+len(m.unet.channels)-2} times: data.image_size is {p.data.image_size}, expected a multiple of {whole}")
+    for n, s in p.prompts.sets.items(): _check_prompts(p, n, s, file)
+    for n, s in made.items():
+        ref(f'generate.sources.{n}.model', s.model, p.models, 'model under models')
+        ref(f'generate.sources.{n}.prompts', s.prompts, p.prompts.sets, 'prompt set under prompts.sets')
+        if s.n_images < len(p.study.classes): raise StudyError(f"{file}: generate.sources.{n}.n_images is {s.n_images}: expected at least one image for each of {len(p.study.classes)} classes")
+        if not s.guidance_scale >= 1: raise StudyError(f"{file}: generate.sources.{n}.guidance_scale is {s.guidance_scale:g}: Stable Diffusion's range begins at 1, which is no guidance")
+    for n, s in p.judges.items(): ref(f'judges.{n}.set', s.set, p.data.sets, 'set under data.sets')
+    for k in ('real_judge', 'concept_judge'): ref(f'quality.{k}', getattr(p.quality, k), p.judges, 'judge under judges')
+    for n, s in p.quality.sources.items(): ref(f'quality.sources.{n}.set', s.set, sets, both)
+    ref('classify.eval.set', p.classify.eval.set, p.data.sets, 'set under data.sets')
     e = p.classify.eval
     if e.validation in e.tests: raise StudyError(f"{file}: classify.eval.validation is {e.validation!r}, which is also a test split: nothing may be chosen on a test set")
     for n, c in curves.items():
         for slot in ('real', 'synthetic'):
             name = getattr(c, slot)
-            ref(f'classify.curves.{n}.{slot}', name, sets, 'set under data.sets')
+            ref(f'classify.curves.{n}.{slot}', name, sets, both)
         if any(sum(s) == 0 for s in c.sizes): raise StudyError(f"{file}: classify.curves.{n} has a point without any image")
     for key in ('fit_range', 'x'):
         for n in getattr(p.laws, key): ref(f'laws.{key}', n, curves, 'curve under classify.curves')
@@ -254,10 +338,46 @@ def _check_names(p: Params, file):
         for n in pair: ref('laws.compare', n, p.laws.fit_range, 'curve under laws.fit_range')
     for n, (lo, hi) in p.laws.fit_range.items():
         if lo >= hi: raise StudyError(f"{file}: laws.fit_range.{n} is [{lo}, {hi}]: expected [smallest, largest]")
+    for n, c in p.laws.choices.items():
+        for a in c.among: ref(f'laws.choices.{n}.among', a, curves, 'curve under classify.curves')
+        ref(f'laws.choices.{n}.chosen', c.chosen, c.among, 'curve among these')
+        for a in c.among:
+            sizes = [sum(s) for s in curves[a].sizes]
+            if c.n_images not in sizes: raise StudyError(f"{file}: laws.choices.{n}.n_images is {c.n_images}: curve {a!r} has no such size (it has {', '.join(map(str, sizes))})")
     for n in p.report.scaling: ref('report.scaling', n, curves, 'curve under classify.curves')
-    for n in p.report.mixing: ref('report.mixing', n, curves, 'curve under classify.curves')
-    for n in p.report.samples: ref('report.samples', n, sets, 'set under data.sets')
-    for n in p.report.labels: ref('report.labels', n, [*curves, *sets, *p.quality.sources], 'curve, set or source')
+    for key in ('mixing', 'grids'):
+        for n in getattr(p.report, key): ref(f'report.{key}', n, curves, 'curve under classify.curves')
+    for n in p.report.samples: ref('report.samples', n, sets, both)
+    for n in p.report.labels: ref('report.labels', n, [*curves, *sets, *p.quality.sources, *p.prompts.sets], 'curve, set, source or prompt set')
+
+# %% ../nbs/00_study.ipynb #ab1522e7
+def _check_prompts(p, name, s, file):
+    "A prompt set has prompts for every class, and every placeholder has words for every class."
+    key, classes, words = f'prompts.sets.{name}', p.study.classes, p.prompts.words
+    for w, table in words.items():
+        for c in table:
+            if c not in classes: raise StudyError(f"{file}: prompts.words.{w} speaks of {c!r}, which is no class of the study{nearest(c, classes)}")
+    if bool(s.templates) == bool(s.by_class): raise StudyError(f"{file}: {key} is {'given twice, by templates and by_class' if s.templates else 'empty'}: expected either templates or by_class")
+    for c in s.by_class:
+        if c not in classes: raise StudyError(f"{file}: {key}.by_class speaks of {c!r}, which is no class of the study{nearest(c, classes)}")
+    if s.by_class:
+        lost = [c for c in classes if not s.by_class.get(c)]
+        if lost: raise StudyError(f"{file}: {key}.by_class has no prompt for class {lost[0]!r}")
+    if s.by_class and s.fill: raise StudyError(f"{file}: {key}.fill belongs to templates, and this set is given by_class")
+    for f, fillings in s.fill.items():
+        if f == 'name' or f in words: raise StudyError(f"{file}: {key}.fill.{f}: {{{f}}} already stands for words about the class")
+        if not fillings: raise StudyError(f"{file}: {key}.fill.{f} is empty: no prompt could be made")
+    for t in s.templates:
+        try: parts = [q for q in string.Formatter().parse(t) if q[1] is not None]
+        except ValueError as e: raise StudyError(f"{file}: {key}.templates: {t!r} is not a template: {e}") from None
+        asked = [f for _, f, _, _ in parts]
+        if any(spec or how for _, _, spec, how in parts): raise StudyError(f"{file}: {key}.templates: {t!r}: expected plain placeholders as {{name}}, without a format")
+        if not {'name', *words} & set(asked): raise StudyError(f"{file}: {key}.templates: {t!r} does not say the class: expected {{name}} or a key of prompts.words in it")
+        for f in asked:
+            if f not in {'name', *words, *s.fill}: raise StudyError(f"{file}: {key}.templates: nothing fills {{{f}}} of {t!r}{nearest(f, ['name', *words, *s.fill])}")
+            if f in words and f != 'name':
+                lost = [c for c in classes if c not in words[f]]
+                if lost: raise StudyError(f"{file}: {key} has no prompt for class {lost[0]!r}: prompts.words.{f} does not speak of it")
 
 # %% ../nbs/00_study.ipynb #43ae6f40
 def read_yaml(file    # path of a YAML file
@@ -298,9 +418,10 @@ class Study:
         return self.dir.joinpath(*map(str, parts))
     def set_dir(self, name) -> Path:
         "Where the shards and the manifest of an image set lie."
-        if name not in self.data.sets: raise StudyError(f"no image set {name!r} in the study {self.study.name!r}{nearest(name, self.data.sets)}")
+        known = [*self.data.sets, *self.generate.sources]
+        if name not in known: raise StudyError(f"no image set {name!r} in the study {self.study.name!r}{nearest(name, known)}")
         return self.path('sets', name)
-    def __repr__(self): return f"Study({self.study.name!r}: {len(self.data.sets)} sets, {len(self.classify.curves)} curves)"
+    def __repr__(self): return f"Study({self.study.name!r}: {len(self.data.sets)+len(self.generate.sources)} sets, {len(self.classify.curves)} curves)"
 
 def _short(path):
     "A path as a person in the current folder would write it."

@@ -10,8 +10,8 @@ GOOD = load(ROOT/'params.yaml')
 
 def sections(d, path=()):
     "Paths of the dicts in params.yaml whose keys are fixed (not names that the user gives)."
-    if path not in [('models',), ('data', 'sets'), ('quality', 'sources'), ('classify', 'curves'), ('laws', 'fit_range'), ('laws', 'x'),
-                    ('report', 'labels'), ('classify', 'arch', 'kwargs')] and path[-1:] != ('splits',): yield path
+    if path not in [('models',), ('judges',), ('prompts', 'words'), ('prompts', 'words', 'description'), ('prompts', 'sets'), ('generate', 'sources'), ('laws', 'choices'), ('data', 'sets'), ('quality', 'sources'), ('classify', 'curves'), ('laws', 'fit_range'), ('laws', 'x'),
+                    ('report', 'labels'), ('classify', 'arch', 'kwargs')] and path[-1:] not in [('splits',), ('fill',)]: yield path
     for k, v in d.items():
         if isinstance(v, dict): yield from sections(v, (*path, k))
 
@@ -30,7 +30,7 @@ def test_the_embedded_study_is_valid(): assert parse_params(GOOD).study.name == 
 @given(st.sampled_from(list(sections(GOOD))), st.text('abcdefghijklmnop_', min_size=3, max_size=12))
 @settings(max_examples=150, deadline=None)
 def test_an_unknown_key_anywhere_is_named(path, key):
-    if key in at(GOOD, path) or key in ('x', 'mixing', 'labels', 'samples', 'compare', 'metric', 'split', 'kwargs', 'shard_size', 'real_share'): return
+    if key in at(GOOD, path) or key in ('x', 'mixing', 'labels', 'samples', 'compare', 'metric', 'split', 'kwargs', 'shard_size', 'real_share', 'grids', 'factors', 'choices', 'words', 'fill', 'by_class', 'templates'): return
     m = message(lambda d: at(d, path).update({key: 1}))
     assert f"unknown key '{'.'.join((*path, key))}'" in m
 
@@ -55,6 +55,32 @@ def test_a_wrong_type_anywhere_is_named(path, data):
     (lambda d: d['classify']['recipe'].update(lr='1e-3'), 'classify.recipe.lr'),
     (lambda d: d['data']['sets'].update({'a/b': d['data']['sets']['digits']}), 'a/b'),
     (lambda d: d['classify']['recipe'].pop('lr'), "key 'classify.recipe.lr' is missing"),
+    (lambda d: d['prompts']['sets'].update(names={'templates': []}), 'prompts.sets.names is empty: expected either templates or by_class'),
+    (lambda d: d['prompts']['sets'].update(names={'templates': ['{name}'], 'by_class': {'zero': ['0']}}), 'given twice, by templates and by_class'),
+    (lambda d: d['prompts']['sets'].update(names={'by_class': {'zero': ['0'], 'one': []}}), "prompts.sets.names.by_class has no prompt for class 'one'"),
+    (lambda d: d['prompts']['sets'].update(names={'by_class': {'zeroo': ['0']}}), "by_class speaks of 'zeroo', which is no class of the study (did you mean 'zero'?)"),
+    (lambda d: d['prompts']['sets']['styles']['fill'].update(face=[]), 'prompts.sets.styles.fill.face is empty'),
+    (lambda d: d['prompts']['sets']['styles']['fill'].pop('face'), 'nothing fills {face}'),
+    (lambda d: d['prompts']['sets'].update(names={'templates': ['a digit']}), "'a digit' does not say the class"),
+    (lambda d: d['prompts']['sets'].update(names={'templates': ['{name']}), "'{name' is not a template"),
+    (lambda d: d['prompts']['words']['description'].pop('nine'), "prompts.sets.described has no prompt for class 'nine'"),
+    (lambda d: d['prompts']['words']['description'].update(ten='x'), "prompts.words.description speaks of 'ten'"),
+    (lambda d: d['generate']['sources']['names_g2'].update(guidance_scale=0.9), 'generate.sources.names_g2.guidance_scale is 0.9'),
+    (lambda d: d['generate']['sources']['names_g2'].update(model='mini_ds'), "generate.sources.names_g2.model is 'mini_ds': no such model under models"),
+    (lambda d: d['generate']['sources']['names_g2'].update(prompts='nmes'), "did you mean 'names'?"),
+    (lambda d: d['generate']['sources'].update(typeset=d['generate']['sources']['names_g2']), "'typeset' stands under data.sets and under generate.sources"),
+    (lambda d: d['models']['mini_sd'].update(kind='sdxl'), 'models.mini_sd.kind'),
+    (lambda d: d['models']['mini_sd']['unet'].update(caption_dropout=0.0), 'models.mini_sd.unet.caption_dropout'),
+    (lambda d: d['generate']['sources']['names_g2'].update(guidance_scale=float('nan')), 'generate.sources.names_g2.guidance_scale is nan'),
+    (lambda d: d['generate']['sources']['names_g2'].update(n_images=9), 'expected at least one image for each of 10 classes'),
+    (lambda d: d['prompts']['sets']['styles']['fill'].update(name=['x']), 'prompts.sets.styles.fill.name: {name} already stands for'),
+    (lambda d: d['prompts']['sets'].update(names={'templates': ['{name:d}']}), 'without a format'),
+    (lambda d: d['models']['mini_sd']['unet'].update(channels=[64, 100]), 'models.mini_sd.unet.channels.1 is 100'),
+    (lambda d: d['models']['mini_sd']['text'].update(vocab_size=300), 'models.mini_sd.text.vocab_size is 300'),
+    (lambda d: d['data'].update(image_size=6), 'data.image_size is 6, expected a multiple of 4'),
+    (lambda d: d['laws']['choices']['prompt_set'].update(n_images=4001), "laws.choices.prompt_set.n_images is 4001: curve 'names_g2' has no such size"),
+    (lambda d: d['classify']['curves'].update({'g7.5': d['classify']['curves']['real']}), 'g7.5'),
+    (lambda d: d['laws']['choices']['prompt_set'].update(chosen='real'), 'laws.choices.prompt_set.chosen'),
     (lambda d: d['data']['sets']['digits'].update(kind='uci'), "data.sets.digits.kind is 'uci'"),
 ])
 def test_what_cannot_be_is_named(change, words): assert words in message(change)

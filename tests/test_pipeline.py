@@ -6,15 +6,15 @@ from conftest import ROOT, copy_repo, dump, edit, environment, load, ran, sh
 
 pytestmark = pytest.mark.slow
 AGGREGATES = {'results', 'laws', 'report'}
-TABLES = ('curves', 'summary', 'compute_check', 'quality', 'laws', 'comparisons', 'worth', 'gains', 'plot_loss')
+TABLES = ('curves', 'summary', 'compute_check', 'quality', 'laws', 'comparisons', 'worth', 'gains', 'choices', 'factors', 'plot_loss')
 
 def tables(d): return {t: (d/'results'/f'{t}.csv').read_bytes() for t in TABLES}
 
 def fails(d, cmd='dvc repro'): return sh(cmd, d, ok=False)
 
 def test_from_nothing_every_out_is_there(finished):
-    assert {'strip', 'data@digits', 'data@typeset', 'models@judge_real', 'quality@typeset', 'classify@real', 'classify@typeset', *AGGREGATES} <= ran((finished.parent/'first.log').read_text())
-    for f in ('figures/scaling_test.png', 'figures/scaling_shift.png', 'figures/mixing.png', 'figures/per_class_recall.png', 'figures/samples.png', 'results/headline.json', 'runs/classify/real.ipynb'):
+    assert {'strip', 'data@digits', 'data@typeset', 'models@mini_sd', 'prompts', 'generate@names_g2', 'judges@judge_real', 'quality@names_g2', 'classify@real', 'classify@names_g2', *AGGREGATES} <= ran((finished.parent/'first.log').read_text())
+    for f in ('figures/scaling_test.png', 'figures/scaling_shift.png', 'figures/mixing.png', 'figures/per_class_recall.png', 'figures/samples.png', 'figures/guidance.png', 'figures/quality.png', 'figures/prompt_sets.png', 'figures/grid.png', 'results/headline.json', 'runs/classify/real.ipynb'):
         assert (finished/f).stat().st_size > 500
     assert not list((finished/'build').glob('failed/*'))
 
@@ -42,6 +42,18 @@ def test_a_code_edit_reruns_its_stage_and_what_depends_on_it(repo):
     (repo/'synthscale'/'laws.py').write_text((repo/'synthscale'/'laws.py').read_text()+'\n')
     assert ran(sh('dvc repro', repo)) == {'laws', 'report'}            # report imports laws
 
+def test_adding_a_guidance_scale_draws_it_alone(repo):
+    def add(p):
+        p['generate']['sources']['names_g4'] = {**p['generate']['sources']['names_g2'], 'guidance_scale': 4.0, 'n_images': 40}
+        p['quality']['sources']['names_g4'] = {'set': 'names_g4', 'n_images': 40}
+        p['classify']['curves']['names_g4'] = {'real': 'names_g4', 'synthetic': 'names_g4', 'n_real': [0], 'n_synthetic': [20, 40], 'seeds': 2}
+    edit(repo, add)
+    assert ran(sh('dvc repro', repo)) == {'strip', 'generate@names_g4', 'quality@names_g4', 'classify@names_g4', *AGGREGATES}
+    factors = pd.read_csv(repo/'results'/'factors.csv')
+    assert 'names_g4' not in set(factors.curve)                           # it has no point at the study's factor size, and none is made up
+    edit(repo, lambda p: p['prompts']['sets']['styles'].update(templates=['a {weight} {name}']))
+    assert {'prompts', 'generate@styles_g1', 'classify@styles_g1'} <= (r := ran(sh('dvc repro', repo))) and 'generate@names_g2' not in r
+
 def test_adding_a_source_runs_it_alone_and_removing_it_leaves_nothing(repo):
     before = tables(repo)
     def add(p):
@@ -64,7 +76,11 @@ def test_a_clone_pulls_everything_with_no_network(repo):
     sh('git clone -q repo clone', repo.parent)
     clone = repo.parent/'clone'
     sh('dvc pull', clone)
-    assert (clone/'sets'/'typeset'/'manifest.parquet').exists() and (clone/'models'/'judge_real'/'model.safetensors').exists()
+    assert (clone/'sets'/'typeset'/'manifest.parquet').exists() and (clone/'judges'/'judge_real'/'model.safetensors').exists()
+    m = pd.read_parquet(clone/'sets'/'names_g2'/'manifest.parquet')
+    assert {'prompt', 'seed', 'guidance_scale', 'model', 'model_sha256'} <= set(m) and m.caption.eq(m.prompt).all() and m.seed.is_unique
+    draw = "from diffusers import DiffusionPipeline; print(DiffusionPipeline.from_pretrained('models/mini_sd')('a bold zero', num_inference_steps=2).images[0].size)"
+    assert '(8, 8)' in sh(['python', '-c', draw], clone)                  # the cached model is an ordinary pipeline
     out = sh('dvc repro --pull', clone)
     assert ran(out) == set() and 'up to date' in out
     assert sh('git status --porcelain', clone) == ''
@@ -81,7 +97,7 @@ def test_two_runs_from_nothing_give_the_same_tables(finished, tmp_path):
 def test_sigkill_at_any_moment_then_repro_finishes(repo):
     "Seven kills of dvc alone, as a person or an OOM killer does it; its children must end by themselves, and the tables are those of an uninterrupted run."
     want = tables(repo)
-    sh('rm -rf build/points runs/classify sets/typeset models results .dvc/cache/runs dvc.lock', repo)
+    sh('rm -rf build/points build/models runs/classify runs/prompts sets/typeset sets/names_g2 models judges results .dvc/cache/runs dvc.lock', repo)
     rng = random.Random(0)
     for k in range(7):
         p = subprocess.Popen([sys.executable, '-m', 'dvc', 'repro', '--no-run-cache'], cwd=repo, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -133,11 +149,11 @@ def test_more_images_than_the_set_holds(repo):
     assert 'classify.curves.real.n_real: set' in out and '5000 were asked for' in out
 
 def test_a_flipped_byte_in_a_shard_is_named_and_mended(repo):
-    shard = next((repo/'sets'/'typeset').glob('*.tar.gz'))
+    shard = next((repo/'sets'/'names_g2').glob('*.tar.gz'))
     good = shard.read_bytes()
     bad = bytearray(good); bad[len(bad)//2] ^= 1
     os.chmod(shard, 0o644); shard.unlink(); shard.write_bytes(bad)
-    assert f'{shard.name}: the shard is damaged' in sh(['synthscale', 'quality', '-p', 'source', 'typeset'], repo, ok=False)
+    assert f'{shard.name}: the shard is damaged' in sh(['synthscale', 'quality', '-p', 'source', 'names_g2'], repo, ok=False)
     sh('dvc repro', repo)                                                  # DVC sees the damage too, and brings the set back
     assert shard.read_bytes() == good
 
@@ -178,7 +194,8 @@ def own_study(repo, tmp_path):
         p['study'] = dict(name='mine', seed=1, classes=['cat', 'dog'])
         p['data'] |= dict(image_size=12, channels=3)
         p['data']['sets'] = {k: dict(kind='imagefolder', input=str(tmp_path/'images'/k)) for k in ('photos', 'generated')}
-        p['models'] = dict(judge_real=dict(kind='classifier', set='photos', n_images=20), judge_concept=dict(kind='classifier', set='generated', n_images=20))
+        p['models'], p['prompts'], p['generate'] = {}, dict(sets={}), dict(steps=12, batch_size=250, sources={})
+        p['judges'] = dict(judge_real=dict(set='photos', n_images=20), judge_concept=dict(set='generated', n_images=20))
         p['quality']['sources'] = dict(generated=dict(set='generated', n_images=20))
         p['classify']['eval'] = dict(set='photos', validation='val', tests=['test'])
         p['classify']['curves'] = dict(photos=dict(real='photos', synthetic='photos', n_real=[8, 16, 32], n_synthetic=[0], seeds=2),
@@ -237,11 +254,15 @@ def test_a_study_of_its_own(repo):
     shutil.copytree(repo/'data', d/'data')
     sh('dvc add -q data && dvc remote add -q -d store store', d)
     def less(p):
-        for s in p['classify']['curves'].values(): s['seeds'] = 1
-        p['classify']['curves'].pop('real50_typeset'); p['report']['mixing'] = []
+        "one seed, and no generator: without sources there is no stage that draws"
+        p['models'], p['generate']['sources'], p['prompts']['sets'] = {}, {}, {}
+        p['classify']['curves'] = {k: p['classify']['curves'][k] | {'seeds': 1} for k in ('real', 'typeset')}
+        p['quality']['sources'] = {'real': p['quality']['sources']['real']}
+        p['laws'] |= dict(fit_range=dict(real=[20, 80], typeset=[20, 80]), compare=[['real', 'typeset']], choices={})
+        p['report'] |= dict(scaling=['real', 'typeset'], mixing=[], grids=[], samples=['digits'])
     edit(d, less)
     out = sh('dvc repro', d)
-    assert {'data@digits', 'classify@real', 'report'} <= ran(out)
+    assert {'data@digits', 'classify@real', 'report'} <= ran(out) and not [s for s in ran(out) if s.startswith(('models', 'generate'))]
     assert set(pd.read_csv(d/'results'/'curves.csv').study) == {'mine'}
     sh('dvc push -q && git add -A && git commit -qm mine', d)
     assert ran(sh('dvc repro', repo)) == set()
