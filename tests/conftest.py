@@ -2,6 +2,7 @@
 import os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
+from filelock import FileLock
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,18 +46,29 @@ def copy_repo(to, skip=('remote/', 'results/', 'figures/', 'dvc.lock', 'data.dvc
         shutil.copy(ROOT/n, to/n)
     return to
 
+def pytest_collection_modifyitems(items):
+    "Slow tests first, in file order: one worker runs the study that they share while the other one runs the rest."
+    items.sort(key=lambda i: i.get_closest_marker('slow') is None)
+
 @pytest.fixture(scope='session')
-def finished(tmp_path_factory):
-    "The repository with the smoke study, run from nothing, committed and pushed to its remote."
+def finished(tmp_path_factory, worker_id):
+    "The repository with the smoke study, run from nothing, committed and pushed to its remote: made by the first worker that asks, read by all."
+    base = tmp_path_factory.getbasetemp()
+    d = (base if worker_id == 'master' else base.parent)/'finished'/'repo'
+    with FileLock(d.parent.with_suffix('.lock')):
+        if not (d.parent/'first.log').exists(): make_finished(d)
+    return d
+
+def make_finished(d):
     from synthscale.smoke import make_inputs, smoke_params
-    d = copy_repo(tmp_path_factory.mktemp('finished')/'repo')
+    shutil.rmtree(d, ignore_errors=True)                # a half-made one, of a worker that failed
+    copy_repo(d)
     dump(smoke_params(), d/'params.yaml')
     make_inputs(d/'data')
     sh('git init -q && dvc add -q data && git add -A && git commit -qm inputs', d)
     first = sh('dvc repro', d)
     sh('dvc push -q && git add -A && git commit -qm run', d)
     (d.parent/'first.log').write_text(first)
-    return d
 
 @pytest.fixture
 def repo(finished, tmp_path):

@@ -42,7 +42,7 @@ def test_a_wrong_type_anywhere_is_named(path, data):
     assert key in m
 
 @pytest.mark.parametrize('change, words', [
-    (lambda d: d['classify']['curves']['typeset'].update(synthetic='typest'), "classify.curves.typeset.synthetic is 'typest': no such set under data.sets (did you mean 'typeset'?)"),
+    (lambda d: d['classify']['curves']['typeset'].update(synthetic='typest'), "classify.curves.typeset.synthetic is 'typest': no such set under data.sets or generate.sources (did you mean 'typeset'?)"),
     (lambda d: d['quality']['sources']['real'].update(set='digit'), "quality.sources.real.set is 'digit'"),
     (lambda d: d['quality'].update(real_judge='judge_rael'), "did you mean 'judge_real'?"),
     (lambda d: d['laws']['fit_range'].update(reel=[1, 2]), "no such curve under classify.curves (did you mean 'real'?)"),

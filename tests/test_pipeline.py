@@ -79,7 +79,7 @@ def test_a_clone_pulls_everything_with_no_network(repo):
     assert (clone/'sets'/'typeset'/'manifest.parquet').exists() and (clone/'judges'/'judge_real'/'model.safetensors').exists()
     m = pd.read_parquet(clone/'sets'/'names_g2'/'manifest.parquet')
     assert {'prompt', 'seed', 'guidance_scale', 'model', 'model_sha256'} <= set(m) and m.caption.eq(m.prompt).all() and m.seed.is_unique
-    draw = "from diffusers import DiffusionPipeline; print(DiffusionPipeline.from_pretrained('models/mini_sd')('a bold zero', num_inference_steps=2).images[0].size)"
+    draw = "import torch; from diffusers import DiffusionPipeline; print(DiffusionPipeline.from_pretrained('models/mini_sd', dtype=torch.float32)('a bold zero', num_inference_steps=2).images[0].size)"
     assert '(8, 8)' in sh(['python', '-c', draw], clone)                  # the cached model is an ordinary pipeline
     out = sh('dvc repro --pull', clone)
     assert ran(out) == set() and 'up to date' in out
