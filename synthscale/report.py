@@ -16,9 +16,10 @@ from .results import read_curves, summary
 from .study import Study, StudyError, write_atomic, write_csv
 
 # %% auto #0
-__all__ = ['MARKERS', 'style', 'axes', 'save', 'plot_scaling', 'legend_below', 'plain_ticks', 'plot_mixing', 'plot_grid',
-           'factor_table', 'plot_guidance', 'plot_prompt_sets', 'plot_quality', 'class_means', 'plot_classes',
-           'plot_samples', 'headline', 'plot_table', 'make_report', 'factor_figures', 'sample_figure', 'report_table']
+__all__ = ['MARKERS', 'style', 'axes', 'save', 'plot_scaling', 'legend_below', 'plain_ticks', 'plot_exponents', 'plot_residuals',
+           'plot_exchange', 'plot_mixing', 'plot_grid', 'factor_table', 'plot_guidance', 'plot_prompt_sets',
+           'plot_quality', 'class_means', 'plot_classes', 'plot_samples', 'headline', 'plot_table', 'make_report',
+           'predictions', 'law_figures', 'factor_figures', 'sample_figure', 'report_table']
 
 # %% ../nbs/09_report.ipynb #c9df7c20
 MARKERS = 'osD^vPX*<>'
@@ -56,9 +57,10 @@ def plot_scaling(ax,                   # matplotlib axes
                  means: pd.DataFrame,  # rows as in summary.csv, with a column n
                  laws: pd.DataFrame,   # rows as in laws.csv
                  test_set: str,        # name of the test split
-                 looks: dict           # from `style`
+                 looks: dict,          # from `style`
+                 forecasts=None        # rows as in forecasts.csv: a dashed line and a band beyond the last size
                 ):
-    "Loss against n_images for each curve in `looks`, with its fitted line."
+    "Loss against n_images for each curve in `looks`, with its fitted line and, clearly apart, its forecast."
     for c, look in looks.items():
         m = means[(means.curve == c) & (means.test_set == test_set) & (means.metric == 'loss')].sort_values('n')
         if not len(m): continue
@@ -72,6 +74,10 @@ def plot_scaling(ax,                   # matplotlib axes
             ax.plot(x, l.loss_mid*(x/l.n_mid)**-l.k, color=look['color'], lw=1.2)
             label += f'   k = {l.k:.2f}' + (f' [{l.ci_lo:.2f}, {l.ci_hi:.2f}]' if np.isfinite(l.ci_lo) else '')
         else: ax.plot(m.n, m['mean'], color=look['color'], lw=.8, ls=':')
+        if forecasts is not None:
+            f = forecasts[(forecasts.curve == c) & (forecasts.test_set == test_set)].sort_values('n')
+            ax.plot(f.n, f.loss, color=look['color'], ls='--', lw=1)
+            ax.fill_between(f.n, f.ci_lo, f.ci_hi, color=look['color'], alpha=.13, lw=0)
         full = ~m.compute_limited.to_numpy()
         ax.plot(m.n[full], m['mean'][full], ls='', marker=look['marker'], color=look['color'], label=label)
         ax.plot(m.n[~full], m['mean'][~full], ls='', marker=look['marker'], mfc='white', mec=look['color'])
@@ -91,6 +97,57 @@ def plain_ticks(ax   # matplotlib axes
     ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(10, (1, 2, 5)))
     ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f'{v:g}'))
     ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
+# %% ../nbs/09_report.ipynb #950e3dfb
+def plot_exponents(ax,       # matplotlib axes
+                   laws,     # rows as in laws.csv
+                   tests,    # names of test splits
+                   looks     # from `style`
+                  ):
+    "k of every curve with its interval, a colour a test split."
+    names = list(dict.fromkeys(laws.curve))
+    for i, (t, colour) in enumerate(zip(tests, sns.color_palette('colorblind', len(tests)))):
+        l = laws[laws.test_set == t].set_index('curve').reindex(names)
+        y = np.arange(len(names))+.2*(i-(len(tests)-1)/2)
+        err = np.nan_to_num(np.clip(np.array([l.k-l.ci_lo, l.ci_hi-l.k]), 0, None))
+        ax.errorbar(l.k, y, xerr=err, fmt=MARKERS[i], color=colour, capsize=2, ms=4, label=t)
+    ax.set_yticks(range(len(names)), [looks[c]['label'] for c in names])
+    ax.invert_yaxis()
+    ax.axvline(0, color='.6', lw=.8)
+    ax.set(xlabel='k')
+    ax.legend(frameon=False, fontsize=8)
+
+def plot_residuals(ax,        # matplotlib axes
+                   means,     # rows as in summary.csv, with a column n
+                   laws,      # rows as in laws.csv
+                   test_set,  # name of the test split
+                   looks      # from `style`
+                  ):
+    "Mean loss over the straight line of its curve."
+    for l in laws[laws.test_set == test_set].itertuples():
+        m = means[(means.curve == l.curve) & (means.test_set == test_set) & (means.metric == 'loss') & means.n.between(l.n_lo, l.n_hi)].sort_values('n')
+        ax.plot(m.n, m['mean']/(l.loss_mid*(m.n/l.n_mid)**-l.k), marker=looks[l.curve]['marker'], color=looks[l.curve]['color'], ms=4, lw=.8, label=looks[l.curve]['label'])
+    ax.axhline(1, color='.6', lw=.8)
+    ax.set(xscale='log', xlabel='training images', ylabel=f'loss on {test_set} / straight line')
+    legend_below(ax)
+
+def plot_exchange(ax,        # matplotlib axes
+                  exchange,  # rows as in exchange.csv
+                  test_set,  # name of the test split
+                  looks      # from `style`
+                 ):
+    "Images of one curve per image of the other, at equal loss; each pair in the marker of the curve that pays and the colour of its place."
+    pairs = exchange[exchange.test_set == test_set].groupby(['real', 'synthetic'], sort=False)
+    for colour, ((a, b), g) in zip(sns.color_palette('colorblind', len(pairs)), pairs):
+        g = g.dropna(subset='rate').sort_values('n_real')
+        e = g[g.bound == '=']
+        err = np.nan_to_num(np.clip(np.array([e.rate-e.ci_lo, e.ci_hi-e.rate], float), 0, None))
+        ax.errorbar(e.n_real, e.rate, np.minimum(err, np.array([.95*e.rate, np.full(len(e), np.inf)])), color=colour, marker=looks[b]['marker'], ms=4, capsize=2, lw=1, label=f"{looks[b]['label']}\n    for one of {looks[a]['label']}")
+        for bound, arrow in (('>', r'$\uparrow$'), ('<', r'$\downarrow$')):
+            e = g[g.bound == bound]
+            ax.plot(e.n_real, e.rate, marker=arrow, color=colour, ms=8, mew=.2, ls='')
+    ax.set(xscale='log', yscale='log', xlabel='images of the curve that is paid for', ylabel=f'images that pay for one of them ({test_set})')
+    legend_below(ax)
 
 # %% ../nbs/09_report.ipynb #adb75440
 def plot_mixing(ax,                   # matplotlib axes
@@ -292,14 +349,15 @@ def make_report(study: Study   # the study
     "Write every figure to figures/, headline.json, factors.csv and the table that `dvc plots` draws to results/; returns the headline."
     rep, tests = study.report, study.classify.eval.tests
     means = with_n(_table(study, 'summary.csv'))
-    laws, comparisons, worths, gains = (_table(study, f'{n}.csv', ['curve']) for n in ('laws', 'comparisons', 'worth', 'gains'))
+    laws, comparisons, worths, gains, forecasts, exchange, crossovers, mixtures = (_table(study, f'{n}.csv', ['curve']) for n in ('laws', 'comparisons', 'worth', 'gains', 'forecasts', 'exchange', 'crossovers', 'mixtures'))
     looks = style(list(dict.fromkeys([*rep.scaling, *rep.mixing, *study.classify.curves])), rep.labels)      # the curves of the headline figure get the first colours
     figures = study.path('figures')
     for t in tests:
         fig, (ax,) = axes(height=4.4)
-        plot_scaling(ax, means, laws, t, {c: looks[c] for c in rep.scaling})
+        plot_scaling(ax, means, laws, t, {c: looks[c] for c in rep.scaling}, forecasts)
         save(fig, figures/f'scaling_{t}.png')
     write_csv(study.path('results', 'plot_loss.csv'), plot_table(means, rep.scaling, tests))
+    law_figures(means, laws, exchange, tests, looks, rep.scaling, figures)
     if rep.mixing:
         fig, panels = axes(len(tests), height=4.4)
         for ax, t in zip(panels, tests): plot_mixing(ax, means, rep.mixing, t, looks)
@@ -317,9 +375,44 @@ def make_report(study: Study   # the study
     factors = factor_table(study, means, quality)
     write_csv(study.path('results', 'factors.csv'), factors)
     if len(factors): factor_figures(study, factors, figures)
-    h = headline(means, laws, comparisons, worths, gains, quality, _table(study, 'choices.csv'), factors)
+    h = headline(means, laws, comparisons, worths, gains, quality, _table(study, 'choices.csv'), factors) | predictions(forecasts, crossovers, mixtures)
     write_atomic(study.path('results', 'headline.json'), json.dumps(h, indent=1)+'\n')
     return h
+
+def predictions(forecasts,    # rows as in forecasts.csv
+                crossovers,   # rows as in crossovers.csv
+                mixtures      # rows as in mixtures.csv
+               ) -> dict:
+    "The quotable numbers of the forecasts, at four times the largest size, of the crossovers and of the mixture laws."
+    r = lambda v, d=3: None if pd.isna(v) else round(float(v), d)
+    out = {'forecast': {}, 'crossover': {}, 'mixture': {}}
+    for f in forecasts.loc[forecasts.groupby(['curve', 'test_set']).n.idxmax()].sort_index().itertuples() if len(forecasts) else ():
+        out['forecast'].setdefault(f.curve, {})[f.test_set] = dict(n_images=int(f.n), loss=r(f.loss), ci_lo=r(f.ci_lo), ci_hi=r(f.ci_hi))
+    for c in crossovers.itertuples(): out['crossover'].setdefault(f'{c.a}-{c.b}', {})[c.test_set] = dict(lower=c.lower, below=int(c.below), p_never=r(c.p_never), n=r(c.n, 0))
+    for m in mixtures.itertuples(): out['mixture'].setdefault(m.curve, {})[m.test_set] = dict(rho=r(m.rho, 5), ci_lo=r(m.rho_lo, 5), ci_hi=r(m.rho_hi, 5), verdict=m.verdict, next_real=r(m.next_real), next_synthetic=r(m.next_synthetic))
+    return out
+
+def law_figures(means,      # rows as in summary.csv, with a column n
+                laws,       # rows as in laws.csv
+                exchange,   # rows as in exchange.csv
+                tests,      # names of test splits
+                looks,      # from `style`
+                scaling,    # curves of the headline figure: residuals and exchange rates are theirs
+                figures     # folder
+               ):
+    "Exponents, residuals and exchange rates, each a figure."
+    if len(laws):
+        fig, (ax,) = axes(width=6, height=.8+.28*laws.curve.nunique())
+        plot_exponents(ax, laws, tests, looks)
+        save(fig, figures/'exponents.png')
+        fig, panels = axes(len(tests))
+        for ax, t in zip(panels, tests): plot_residuals(ax, means, laws[laws.curve.isin(scaling)], t, looks)
+        save(fig, figures/'residuals.png')
+    exchange = exchange[exchange.real.isin(scaling) & exchange.synthetic.isin(scaling)] if len(exchange) else exchange
+    if len(exchange):
+        fig, panels = axes(len(tests), height=4.4)
+        for ax, t in zip(panels, tests): plot_exchange(ax, exchange, t, looks)
+        save(fig, figures/'exchange.png')
 
 def factor_figures(study: Study,            # the study
                    factors: pd.DataFrame,   # as factor_table gives it
