@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy import stats
-from .forecast import Curve, _core, forecast
+from .forecast import Curve, forecast
 from .forms import fit_form
 from .study import StudyError
 
@@ -29,24 +29,28 @@ ALPHA = .01         # of every test here: many are made
 def _noise(c: Curve):
     "Standard error of the log of each size's loss."
     known = np.sqrt((0 if np.isnan(c.sd_seed) else c.sd_seed**2)/c.count+c.sd_test**2)
-    if (known > 0).all(): return known
+    if (known > 0).all() and c.free >= 4: return known        # with fewer replicates, or a test-set error alone, the scatter about the trend has a say
     if len(c.n) < 4: return np.full(len(c.n), np.nan)
-    *_, noise, _, _ = _core(np.log(c.n), np.log(c.loss), known**2, [0.], c.count.astype(float))
-    return np.sqrt(known**2+noise/c.count)
+    x, y = np.log(c.n), np.log(c.loss)
+    w = (x[1:-1]-x[:-2])/(x[2:]-x[:-2])
+    off = (y[1:-1]-(1-w)*y[:-2]-w*y[2:])/np.sqrt(1+w**2+(1-w)**2)         # of each point from the line through its neighbours: one wild point spoils three
+    return np.sqrt(known**2+(1.4826*np.median(np.abs(off)))**2/c.count)
 
 def check_curve(c: Curve    # the curve
                ) -> list:   # of Finding, the gravest first
     "What stands against fitting a law to this curve."
     x, y, found = np.log(c.n), np.log(c.loss), []
+    q = lambda p: stats.t.isf(p, c.free if c.free >= 4 else max(len(x)//2, 2))
     def add(*a): found.append(Finding(*a))
-    if len(c.n) < 2: return [Finding('one size', f'{len(c.n)} size', 'no law can be fitted: run at least two more sizes, a factor of four apart')]
+    if c.dropped: add('copies', f'{c.dropped} rows are exact copies of others and were dropped', 'replicates need a seed of their own; a table that was joined twice needs mending')
+    if len(c.n) < 2: return found+[Finding('one size', f'{len(c.n)} size', 'no law can be fitted: run at least two more sizes, a factor of four apart')]
     se = _noise(c)
     z = (y[-1]-y[0])/np.hypot(se[0], se[-1])
     if np.ptp(y) < 1e-12: add('constant', 'the loss is the same at every size', 'check that the sizes differ in what the model saw')
-    elif y[-1] > y[0] and not z < stats.norm.ppf(1-ALPHA): add('rising', f'the loss rises from {c.loss[0]:.3g} to {c.loss[-1]:.3g}', 'more of these images hurt, or longer training does: no scaling law describes it')
+    elif y[-1] > y[0] and not z < q(ALPHA): add('rising', f'the loss rises from {c.loss[0]:.3g} to {c.loss[-1]:.3g}', 'more of these images hurt, or longer training does: no scaling law describes it')
     else:
         up = (np.diff(y)/np.hypot(se[1:], se[:-1]))
-        if len(up) and np.nanmax(up, initial=-np.inf) > stats.norm.ppf(1-ALPHA/len(up)):
+        if len(up) and np.nanmax(up, initial=-np.inf) > q(ALPHA/len(up)):
             i = int(np.nanargmax(up))
             add('not monotone', f'the loss rises from {c.loss[i]:.3g} to {c.loss[i+1]:.3g} between {c.n[i]:,.0f} and {c.n[i+1]:,.0f}', 'look at these runs (training time, a failed run); repeat them with more seeds before any fit')
         bend, p, at = _bend(x, y, se)
@@ -93,7 +97,7 @@ def next_run(c: Curve,        # the curve
     se = _noise(c)
     one = np.nanmean(se*np.sqrt(c.count)) if np.isfinite(se).any() else .02
     def sd(c): return float(forecast(c, at=[max(target, c.n[-1])]).table.sd_curve[0])
-    now, rows = sd(c), []
+    now, rows = sd(Curve(c.n, c.loss, c.count, one if np.isnan(c.sd_seed) else c.sd_seed, c.sd_test, name=c.name)), []     # the same noise on both sides
     for m in candidates:
         at = float(forecast(c, at=[m]).table.loss[0]) if m > c.n[-1] else float(np.exp(np.interp(np.log(m), np.log(c.n), np.log(c.loss))))
         for s in seeds:

@@ -17,7 +17,7 @@ __all__ = ['EASY', 'POOR', 'fit_classes', 'relate']
 EASY, POOR = .5, 1/3
 
 def fit_classes(df: pd.DataFrame   # rows with class, n, seed, value (loss above 0): one curve, one test set
-               ) -> pd.DataFrame:  # class, k (shrunken), k_own (the class's own line), loss_small, loss_large (of the model), group
+               ) -> pd.DataFrame:  # class, k (shrunken), k_own (the class's own line; NaN with one size), loss_small, loss_large (of the model), group
     "Exponents of all classes from one mixed model. Raises StudyError with fewer than 3 classes or sizes."
     import statsmodels.formula.api as smf
     d = df[df.value > 0].assign(y=lambda d: np.log(d.value))
@@ -26,20 +26,37 @@ def fit_classes(df: pd.DataFrame   # rows with class, n, seed, value (loss above
     d['x'] = np.log(d.n)-np.log(d.n).mean()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                       # a variance at the edge (classes alike) is an answer, reported below
-        fit = smf.mixedlm('y ~ x', d, groups=d['class'], re_formula='~x').fit(reml=True, method=['lbfgs', 'powell'])
+        model = smf.mixedlm('y ~ x', d, groups=d['class'], re_formula='~x')
+        fits = [f for f in (_try(model), _try(model, _moments(d))) if f is not None]
+        if not fits: raise StudyError('the mixed model of the classes did not converge')
+        fit = max(fits, key=lambda f: f.llf)                  # from its own start alone it can stop far from the optimum and call that converged
     a, b = fit.fe_params['Intercept'], fit.fe_params['x']
     lo, hi = d.x.min(), d.x.max()
     rows = []
     for c, r in fit.random_effects.items():
         u, v = float(r.iloc[0]), float(r.iloc[1])
         own = d[d['class'] == c]
-        rows.append({'class': c, 'k': -(b+v), 'k_own': -np.polyfit(own.x, own.y, 1)[0], 'loss_small': np.exp(a+u+(b+v)*lo), 'loss_large': np.exp(a+u+(b+v)*hi)})
+        rows.append({'class': c, 'k': -(b+v), 'k_own': -np.polyfit(own.x, own.y, 1)[0] if len(own) > 1 else np.nan, 'loss_small': np.exp(a+u+(b+v)*lo), 'loss_large': np.exp(a+u+(b+v)*hi)})
     t = pd.DataFrame(rows)
     small, large = np.exp(a+b*lo), np.exp(a+b*hi)
     easy, poor = t.loss_small <= EASY*small, (t.k < POOR*-b) & (t.loss_large > large)
     t['group'] = np.where(easy, 'easy', np.where(poor, 'poor', 'scaling'))
     t.attrs = dict(k_mean=float(-b), sd_slope=float(np.sqrt(max(fit.cov_re.iloc[1, 1], 0))), sd_intercept=float(np.sqrt(max(fit.cov_re.iloc[0, 0], 0))), residual=float(np.sqrt(fit.scale)), converged=bool(fit.converged))
     return t
+
+def _try(model, start=None):
+    try: f = model.fit(reml=True, method=['lbfgs', 'powell'], start_params=start)
+    except (np.linalg.LinAlgError, ValueError): return None
+    return f if np.isfinite(f.llf) else None
+
+def _moments(d):
+    "Start values: means and variances of the classes' own lines."
+    from statsmodels.regression.mixed_linear_model import MixedLMParams
+    own = {c: np.polyfit(g.x, g.y, 1) for c, g in d.groupby('class') if g.n.nunique() > 1}
+    lines = np.array(list(own.values()))[:, ::-1]
+    rest = np.concatenate([g.y-np.polyval(own[c], g.x) for c, g in d.groupby('class') if c in own])
+    s2 = max(np.sum(rest**2)/max(len(rest)-2*len(own), 1), 1e-12)
+    return MixedLMParams.from_components(fe_params=lines.mean(0), cov_re=np.diag(np.maximum(lines.var(0, ddof=1), 1e-5))/s2)
 
 def relate(classes: pd.DataFrame,   # as fit_classes gives it
            quality: pd.DataFrame    # rows with class, metric, value
@@ -48,7 +65,7 @@ def relate(classes: pd.DataFrame,   # as fit_classes gives it
     rows = []
     for m, g in quality[quality['class'].isin(classes['class'])].groupby('metric', sort=True):
         j = classes.merge(g[['class', 'value']], on='class').dropna()
-        if len(j) < 4 or j.value.nunique() < 2: continue
+        if len(j) < 4 or min(j.value.nunique(), j.k.nunique(), j.loss_large.nunique()) < 2: continue
         (r, p), (s, q) = stats.spearmanr(j.k, j.value), stats.spearmanr(j.loss_large, j.value)
         rows.append(dict(metric=m, rho_k=r, p_k=p, rho_loss=s, p_loss=q, n_classes=len(j)))
     return pd.DataFrame(rows, columns=['metric', 'rho_k', 'p_k', 'rho_loss', 'p_loss', 'n_classes'])

@@ -6,13 +6,14 @@
 from __future__ import annotations
 import numpy as np
 import pandas as pd
-from scipy.optimize import least_squares
+from scipy import stats
+from scipy.optimize import isotonic_regression, least_squares
 from . import forecast as fc
-from .results import t_interval
+from .forms import check_points
 from .study import StudyError
 
 # %% auto #0
-__all__ = ['equivalent', 'exchange_rate', 'crossover', 'fit_mixture', 'marginal']
+__all__ = ['equivalent', 'jackknife', 'exchange_rate', 'crossover', 'fit_mixture', 'marginal']
 
 # %% ../nbs/07e_exchange.ipynb #7311ff38
 def equivalent(loss: float,  # the loss to reach
@@ -20,42 +21,63 @@ def equivalent(loss: float,  # the loss to reach
                losses        # the other curve: sizes ascending, its losses
               ):    # (n, '=') or a bound: (n, '<') or (n, '>')
     "The size at which a curve reaches a loss."
-    n, l = np.log(np.asarray(n, float)), np.minimum.accumulate(np.log(np.asarray(losses, float)))
+    if not (np.isfinite(loss) and loss > 0): raise StudyError(f'loss to reach is {loss}, expected a number above 0')
+    n, l = np.log(np.asarray(n, float)), isotonic_regression(np.log(np.asarray(losses, float)), increasing=False).x
     t = np.log(loss)
-    if t > l[0]: return float(np.exp(n[0])), '<'
-    if t < l[-1]: return float(np.exp(n[-1])), '>'
-    i = int(np.argmax(l <= t))
+    if t > l[0]+1e-12: return float(np.exp(n[0])), '<'
+    if t < l[-1]-1e-12: return float(np.exp(n[-1])), '>'
+    i = int(np.argmax(l <= t+1e-12))
     if i == 0: return float(np.exp(n[0])), '='
     return float(np.exp(n[i-1]+(n[i]-n[i-1])*(l[i-1]-t)/(l[i-1]-l[i]))), '='
 
-# %% ../nbs/07e_exchange.ipynb #1a1ebae1
+# %% ../nbs/07e_exchange.ipynb #70f1b46b
+def _by_seed(df, curve):
+    "log loss, a row a size and a column a seed; named errors for values that no curve has."
+    d = df[df.curve == curve]
+    check_points(d.n, d.value, curve)
+    return d.assign(y=np.log(d.value.astype(float))).pivot_table(index='n', columns='seed', values='y', aggfunc='mean').sort_index()
+
+def _falling(t, seeds): return t.index.to_numpy(float), np.exp(isotonic_regression(t[seeds].mean(axis=1).to_numpy(), increasing=False).x)
+
+def jackknife(value,    # the estimate from all seeds
+              left      # the estimates with one seed left out
+             ):         # lo, hi: 95 %, centred on the estimate; NaN with fewer than two
+    "Student's interval of an estimate from its leave-one-out values (Efron and Tibshirani 1993, ch. 11)."
+    left, g = np.asarray(left, float), len(left)
+    if g < 2: return np.nan, np.nan
+    h = stats.t.ppf(.975, g-1)*np.sqrt((g-1)/g*np.sum((left-left.mean())**2))
+    return float(value-h), float(value+h)
+
 def exchange_rate(df: pd.DataFrame,   # rows with curve, n, seed, value: one test set, one metric
                   real: str,          # the curve that is paid for
                   synthetic: str,     # the curve that pays
                   losses=None         # at which losses; default: those of the real curve at each of its sizes
                  ) -> pd.DataFrame:   # a row a loss: loss, n_real, n_synthetic, rate, ci_lo, ci_hi, bound, n_seeds
-    "How many images of one curve are worth one of the other at equal loss (bound: '=' a rate, '>' more than, '<' fewer than)."
-    A, B = ({s: g.sort_values('n') for s, g in df[df.curve == c].groupby('seed')} for c in (real, synthetic))
+    "How many images of one curve are worth one of the other at equal loss (bound: '=' a rate, '>' more than, '<' fewer than, '?' neither curve says)."
+    A, B = _by_seed(df, real), _by_seed(df, synthetic)
     seeds = sorted(set(A) & set(B))
     if not seeds: raise StudyError(f'curves {real!r} and {synthetic!r} have no seed in common')
-    if losses is None:
-        at = {n: {s: A[s].value[A[s].n == n].iloc[0] for s in seeds} for n in sorted(set.intersection(*(set(A[s].n) for s in seeds)))}
-        asked = [({s: (n, '=') for s in seeds}, v) for n, v in at.items()]
-    else: asked = [({s: equivalent(l, A[s].n, A[s].value) for s in seeds}, dict.fromkeys(seeds, l)) for l in losses]
+    A, B = A[seeds].dropna(), B[seeds].dropna()
+    if not len(A) or not len(B): raise StudyError(f'curve {(synthetic if len(A) else real)!r} has no size that all of the shared seeds {seeds} were run at')
+    def read(seeds):
+        "(real size, sign, artificial size, sign, loss) at every target"
+        a, b = _falling(A, seeds), _falling(B, seeds)
+        targets = [((n, '='), l) for n, l in zip(*a)] if losses is None else [(equivalent(l, *a), l) for l in losses]
+        return [(*r, *equivalent(l, *b), l) for r, l in targets]
+    whole, left = read(seeds), [read([s for s in seeds if s != t]) for t in seeds] if len(seeds) > 1 else []
     rows = []
-    for a, loss in asked:
-        b = {s: equivalent(loss[s], B[s].n, B[s].value) for s in seeds}
-        rate = {s: b[s][0]/a[s][0] for s in seeds}
-        signs = {(b[s][1], a[s][1]) for s in seeds}
+    for i, (nr, _, ns, _, loss) in enumerate(whole):
+        every = [whole[i], *(l[i] for l in left)]
+        rates = [e[2]/e[0] for e in every]
+        signs = {(e[3], e[1]) for e in every}
         bound = '='
         if signs != {('=', '=')}:
             up, down = (all(x in ok and y in ko for x, y in signs) for ok, ko in (('=>', '=<'), ('=<', '=>')))
             bound = '>' if up else '<' if down else '?'
-        m, lo, hi = t_interval(np.log(list(rate.values())))
-        value = {'=': np.exp(m), '>': min(rate.values()), '<': max(rate.values()), '?': np.nan}[bound]
-        ns, nr = (np.exp(np.mean([np.log(v[0]) for v in d.values()])) for d in (b, a))
-        rows.append(dict(loss=np.exp(np.mean(np.log(list(loss.values())))), n_real=nr, n_synthetic=ns, rate=value, ci_lo=np.exp(lo) if bound == '=' else np.nan, ci_hi=np.exp(hi) if bound == '=' else np.nan, bound=bound, n_seeds=len(seeds)))
-    return pd.DataFrame(rows)
+        lo, hi = jackknife(np.log(rates[0]), np.log(rates[1:])) if bound == '=' else (np.nan, np.nan)
+        value = {'=': rates[0], '>': min(rates), '<': max(rates), '?': np.nan}[bound]
+        rows.append(dict(loss=loss, n_real=nr, n_synthetic=ns, rate=value, ci_lo=np.exp(lo), ci_hi=np.exp(hi), bound=bound, n_seeds=len(seeds)))
+    return pd.DataFrame(rows, columns=['loss', 'n_real', 'n_synthetic', 'rate', 'ci_lo', 'ci_hi', 'bound', 'n_seeds'])
 
 # %% ../nbs/07e_exchange.ipynb #804ff590
 def crossover(df: pd.DataFrame,   # rows with curve, n, seed, value: one test set, one metric
@@ -66,12 +88,11 @@ def crossover(df: pd.DataFrame,   # rows with curve, n, seed, value: one test se
               rng=0               # seed of the draws
              ) -> dict:           # now: which is lower at the largest size; p_never; n, ci_lo, ci_hi: the size where it happens, given that it does (90 %)
     "The size at which one curve passes the other, with the probability that it never does below N."
-    A, B = (df[df.curve == c].set_index(['n', 'seed']).value for c in (a, b))
-    common = A.index.intersection(B.index)
-    d = (np.log(A[common])-np.log(B[common])).reset_index(name='d')
+    d = (_by_seed(df, a)-_by_seed(df, b)).stack().dropna().reset_index(name='d')
     sizes = np.sort(d.n.unique())
     if len(sizes) < 3: raise StudyError(f'curves {a!r} and {b!r} share {len(sizes)} sizes, expected at least 3')
     below = 64*sizes[-1] if below is None else below
+    if not below > sizes[-1]: raise StudyError(f'a crossover is sought beyond the largest common size, {sizes[-1]:g}; asked below {below:g}')
     g = d.groupby('n').d
     x, y, m = np.log(sizes), g.mean().to_numpy(), g.size().to_numpy()
     free = (m-1).sum()
@@ -79,9 +100,9 @@ def crossover(df: pd.DataFrame,   # rows with curve, n, seed, value: one test se
     out = dict(a=a, b=b, lower=a if y[-1] < 0 else b, n_largest=float(sizes[-1]), below=float(below), n_seeds=int(m.min()))
     seen = [float(np.exp(x[i]+(x[i+1]-x[i])*y[i]/(y[i]-y[i+1]))) for i in range(len(y)-1) if y[i]*y[i+1] < 0]
     paths, h = _futures(x, y, sd2/m, np.log(below)-x[-1], draws, np.random.default_rng(rng))
-    crossed = np.sign(paths) != np.sign(paths[:, :1])
+    crossed = np.sign(paths) != np.sign(y[-1])                     # a draw may begin on the other side: then the order at the largest size is itself in doubt
     first = np.where(crossed.any(1), crossed.argmax(1), -1)
-    at = np.exp(x[-1]+h[first[first > 0]])
+    at = np.exp(x[-1]+h[first[first >= 0]])
     q = np.quantile(at, [.5, .05, .95]) if len(at) >= 20 else [np.nan]*3
     return out | dict(seen=seen[-1] if seen else np.nan, p_never=float(np.mean(first < 0)), n=float(q[0]), ci_lo=float(q[1]), ci_hi=float(q[2]))
 
@@ -131,6 +152,7 @@ def _fit_mixture(r, s, y, rho=None, sat=None):
 def fit_mixture(df: pd.DataFrame   # rows with n_real (above 0 somewhere), n_synthetic, seed, value: one test set, one metric
                ) -> dict:          # law: b, k, rho, tau, e; intervals of rho and 1/tau (95 %); verdicts; rmse; a predictor
     "The mixture law, and whether artificial images count nothing, count fully, or wear out. Raises StudyError unless both numbers vary."
+    check_points(df.n_real[df.n_real > 0], df.value[df.n_real > 0], 'mixture')
     d = df[(df.n_real > 0)].sort_values(['seed', 'n_real', 'n_synthetic', 'value'], kind='stable')
     if d.n_real.nunique() < 2 or d.n_synthetic.nunique() < 3: raise StudyError(f'a mixture law needs at least 2 numbers of real and 3 of artificial images, found {d.n_real.nunique()} and {d.n_synthetic.nunique()}')
     seeds = np.sort(d.seed.unique())
@@ -143,11 +165,9 @@ def fit_mixture(df: pd.DataFrame   # rows with n_real (above 0 somewhere), n_syn
     if len(seeds) >= 3:
         left = [_fit_mixture(*arrays(d[d.seed != s]))[1] for s in seeds]
         for name, f, v in (('rho', lambda p: p[2], p[2]), ('k', lambda p: p[1], p[1]), ('worn', worn, worn(p))):
-            pseudo = len(seeds)*v-(len(seeds)-1)*np.array([f(q) for q in left])
-            _, lo, hi = t_interval(pseudo)
-            out[f'{name}_lo'], out[f'{name}_hi'] = float(lo), float(hi)
-        out['verdict'] = ('that artificial images count is not shown' if out['rho_lo'] <= 0 else 'an artificial image counts less than a real one' if out['rho_hi'] < 1 else 'an artificial image counts, perhaps as much as a real one')
-        out['wear'] = 'their worth wears out' if out['worn_lo'] > 0 else 'no wear is shown'
+            out[f'{name}_lo'], out[f'{name}_hi'] = jackknife(v, [f(q) for q in left])
+        out['verdict'] = ('that artificial images count is not shown' if out['rho_lo'] <= 0 else 'an artificial image counts less than a real one' if out['rho_hi'] < 1 else 'an artificial image counts, perhaps as much as a real one' if out['rho_lo'] <= 1 else 'an artificial image counts more than a real one')
+        out['wear'] = 'their worth wears out' if out['worn_lo'] > 0 and out['rho_lo'] > 0 else 'no wear is shown'
     out['params'] = p.tolist()
     return out
 

@@ -134,6 +134,7 @@ class Curve:
     sd_seed: float          # between replicates at one size, of log loss, pooled; NaN without any
     sd_test: np.ndarray     # of log loss at each size, from the test set's size or the given standard error; 0 where unknown
     dropped: int = 0        # exact copies of a row
+    free: int = 0           # degrees of freedom of sd_seed
     name: str = ''          # for errors
 
 def make_curve(n,           # sizes
@@ -153,7 +154,7 @@ def make_curve(n,           # sizes
     count = g.size().to_numpy()
     free = (count-1).sum()
     sd = np.sqrt(((d.y-g.y.transform('mean'))**2).sum()/free) if free else np.nan
-    return Curve(np.array(list(g.groups)), np.exp(g.y.mean().to_numpy()), count, float(sd), np.sqrt(g.se.apply(lambda s: np.mean(s**2)).to_numpy()), len(df)-len(d), name)
+    return Curve(np.array(list(g.groups)), np.exp(g.y.mean().to_numpy()), count, float(sd), np.sqrt(g.se.apply(lambda s: np.mean(s**2)).to_numpy()), len(df)-len(d), int(free), name)
 
 # %% ../nbs/07c_forecast.ipynb #c6191360
 @dataclass
@@ -186,6 +187,7 @@ def forecast(curve,         # Curve, or sizes
     mu, curve2, noise2, factor, past = _core(x, y, r, np.log(at)-x[-1], c.count.astype(float))
     parts = dict(sd_curve=factor*curve2, sd_seed=np.full(len(at), seed2/seeds), sd_test=np.full(len(at), c.sd_test[-1]**2), sd_noise=np.full(len(at), factor*noise2))
     half = SCALE*stats.t.ppf(.5+level/2, TAIL)*np.sqrt(sum(parts.values()))
+    if np.isnan(c.sd_seed): parts['sd_seed'] = np.full(len(at), np.nan)
     t = pd.DataFrame(dict(n=at, loss=np.exp(mu), ci_lo=np.exp(mu-half), ci_hi=np.exp(mu+half), **{k: np.sqrt(v) for k, v in parts.items()}))
     old = .5**((x[-1]-past[:, 0])/MEMORY)
     return Forecast(c, t, level, float(np.sqrt(old@past[:, 2]**2/old.sum())) if len(past) else np.nan, factor)

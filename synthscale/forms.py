@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Callable
 import numpy as np
 from scipy.optimize import least_squares, nnls
+from scipy.stats import chi2
 from .study import StudyError, nearest
 
 # %% auto #0
@@ -109,7 +110,7 @@ class Fit:
         "Standard deviation of log loss at sizes n by the delta method; with `observe`, of a new measurement."
         x = np.log(np.asarray(n, float))-self.x0
         J = np.column_stack([np.ones_like(x), _jacobian(self.form.shape, x, self.theta)])
-        return np.sqrt(np.clip(np.einsum('ij,jk,ik->i', J, self.cov, J), 0, None)+observe*self.noise**2)
+        return np.sqrt(np.clip(np.einsum('ij,jk,ik->i', J, self.cov, J), 0, None)+(self.noise**2 if observe else 0))
     @property
     def noise(self):
         "Standard deviation of log residuals, degrees of freedom counted."
@@ -137,7 +138,7 @@ def check_points(n, loss, name=''):
         if bad.any(): raise StudyError(f'curve {name!r}: row {int(bad.argmax())}: {what} is {v[bad][0]:g}, expected a number above 0')
     return n, loss
 
-def fit_form(n,                # sizes
+def fit_form(n,                # sizes; every row counts as it is given, copies too: `make_curve` merges them
              loss,             # losses, above 0
              form='floor',     # a name in FORMS
              weights=None,     # one a point; default equal
@@ -264,7 +265,9 @@ def fit_rate(n,            # sizes
              name=''       # of the curve, for errors
             ) -> Fit:      # of the law 'rectified'; agree and starts as for the others
     "Fit an error rate by its binomial likelihood, between an irreducible rate and chance. Raises StudyError for rates outside 0 to 1 or fewer than 3 sizes."
-    n, y, m = np.asarray(n, float).ravel(), np.asarray(error, float).ravel(), np.broadcast_to(np.asarray(n_test, float), np.shape(n)).ravel()
+    n, y, m = np.asarray(n, float).ravel(), np.asarray(error, float).ravel(), np.asarray(n_test, float).ravel()*np.ones(np.size(n))
+    if n.shape != y.shape: raise StudyError(f'curve {name!r}: {len(n)} sizes and {len(y)} error rates')
+    if not (np.isfinite(m) & (m > 0)).all(): raise StudyError(f'curve {name!r}: n_test is {m[~(np.isfinite(m) & (m > 0))][0]}, expected a number of images')
     bad = ~((y >= 0) & (y <= 1))
     if bad.any(): raise StudyError(f'curve {name!r}: row {int(bad.argmax())}: error rate is {y[bad][0]}, expected 0 to 1')
     if not 0 < chance <= 1: raise StudyError(f'curve {name!r}: chance is {chance}, expected an error rate above 0, at most 1')
@@ -290,10 +293,13 @@ def fit_rate(n,            # sizes
     spread = max(best/(len(n)-3), 1.) if len(n) > 3 else 1.
     unknown = ['e'] if t[2] < -12 else []
     if unknown: J = J[:, :2]
+    p = min(max((y@m)/m.sum(), 1e-12), 1-1e-12)
+    if 2*np.sum(m*(xlog(y, p)+xlog(1-y, 1-p)))-best < chi2.ppf(.95, 2)*spread: unknown = ['k', 'n0', 'e']       # no better than one rate for all sizes
     C = np.linalg.pinv(J.T@J)*spread
     r = np.exp(t[2])
     T = np.zeros((4, J.shape[1])); T[1:1+J.shape[1]] = np.eye(J.shape[1])
-    if not unknown: T[0, 2] = -r/(1+r)
+    if 'e' not in unknown: T[0, 2] = -r/(1+r)
+    if 'k' in unknown: T[:] = np.nan
     q = rate(t)
     one = np.sqrt(np.mean(spread*(1-q)/(q*m))*max(dof, 0)/(max(dof, 0)+FORMS['rectified'].n_params))   # so that `noise` is the sd of the log of one measured rate
     return Fit(FORMS['rectified'], t, float(np.log(chance/(1+r))), float(x0), float(one), dof, len(ends), sum(e[0] <= best*(1+1e-4)+1e-9 for e in ends), T@C@T.T, unknown)

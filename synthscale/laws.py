@@ -32,7 +32,8 @@ def fit_line(n,         # sizes
 # %% ../nbs/08_laws.ipynb #7dfdc880
 def seed_slopes(df: pd.DataFrame    # rows of one curve, test set and metric
                ) -> pd.Series:      # seed -> k
-    "The exponent of each seed's own line."
+    "The exponent of each seed's own line; a seed with one size has none."
+    df = df.groupby('seed').filter(lambda g: g.n.nunique() > 1)
     return df.groupby('seed').apply(lambda g: -fit_line(g.n, g.value).params[1], include_groups=False)
 
 def heldout(df: pd.DataFrame   # rows as in curves.csv
@@ -51,11 +52,11 @@ def fit_curve(df: pd.DataFrame,     # rows of one curve, test set and metric wit
     "k with its interval, the line's centre, and its error at the largest size when that was held out."
     if df.n.nunique() < 2: raise StudyError(f"curve {name!r}: {df.n.nunique()} sizes in the range of the fit, expected at least 2")
     f, slopes = fit_line(df.n, df.value), seed_slopes(df)
-    k, lo, hi = t_interval(slopes)
+    k, lo, hi = t_interval(slopes) if len(slopes) > 1 else (-f.params[1], np.nan, np.nan)
     kind = 'seeds'
     if len(slopes) < 2:
         kind, (lo, hi) = 'line', sorted(-f.conf_int()[1]) if len(df) > 2 else (np.nan, np.nan)
-    return dict(law='power', k=-f.params[1], ci_lo=lo, ci_hi=hi, interval=kind, n_mid=float(np.exp(np.log(df.n).mean())), loss_mid=float(np.exp(f.params[0])),
+    return dict(law='power', k=k, ci_lo=lo, ci_hi=hi, interval=kind, n_mid=float(np.exp(np.log(df.n).mean())), loss_mid=float(np.exp(f.params[0])),
                 n_lo=df.n.min(), n_hi=df.n.max(), n_points=len(df), n_seeds=len(slopes), heldout_rmsle=heldout(df))
 
 # %% ../nbs/08_laws.ipynb #93b2c950
@@ -77,10 +78,12 @@ def worth(df: pd.DataFrame,  # rows as in curves.csv
     A, B = df[df.curve == a], df[df.curve == b]
     top = A.n.max()
     found = {}
-    for s in sorted(set(A.seed) & set(B.seed)):
+    for s in sorted(set(A.seed[A.n == top]) & set(B.seed)):
         g = B[B.seed == s].sort_values('n')
         found[s] = equivalent(A[(A.seed == s) & (A.n == top)].value.iloc[0], g.n, g.value)
+    if not found: return dict(n=top, worth=np.nan, ci_lo=np.nan, ci_hi=np.nan, bound='?', n_seeds=0)       # no seed in common
     signs = {sign for _, sign in found.values()}
+    if {'<', '>'} <= signs: return dict(n=top, worth=np.nan, ci_lo=np.nan, ci_hi=np.nan, bound='?', n_seeds=len(found))
     m, lo, hi = t_interval(np.log([v for v, _ in found.values()]))
     sign = '=' if signs == {'='} else ('<' if '<' in signs else '>')
     return dict(n=top, worth=float(np.exp(m)), ci_lo=float(np.exp(lo)) if sign == '=' else np.nan, ci_hi=float(np.exp(hi)) if sign == '=' else np.nan, bound=sign, n_seeds=len(found))
@@ -94,8 +97,10 @@ def mixing_gain(df: pd.DataFrame    # rows with n_real and n_synthetic
         alone = g[g.n_synthetic == 0].set_index('seed').value
         if not len(alone) or r == 0: continue
         for n, m in g[g.n_synthetic > 0].groupby('n_synthetic'):
-            d, lo, hi = t_interval(np.log(m.set_index('seed').value/alone).dropna())
-            rows.append(dict(curve=c, test_set=t, n_real=r, n_synthetic=n, ratio=np.exp(d), ci_lo=np.exp(lo), ci_hi=np.exp(hi), n_seeds=len(m),
+            v = np.log(m.set_index('seed').value/alone).dropna()
+            if not len(v): continue                                       # no seed with and without
+            d, lo, hi = t_interval(v)
+            rows.append(dict(curve=c, test_set=t, n_real=r, n_synthetic=n, ratio=np.exp(d), ci_lo=np.exp(lo), ci_hi=np.exp(hi), n_seeds=len(v),
                              verdict='helps' if hi < 0 else 'hurts' if lo > 0 else 'not shown'))
     return pd.DataFrame(rows, columns=['curve', 'test_set', 'n_real', 'n_synthetic', 'ratio', 'ci_lo', 'ci_hi', 'n_seeds', 'verdict'])
 
@@ -170,6 +175,7 @@ def study_curve(df: pd.DataFrame,  # rows of one curve, test set and metric with
                ) -> CurveLaw:
     "Everything about one curve. Raises StudyError with fewer than two sizes."
     c = make_curve(df.n, df.value, df.seed, df.stderr if 'stderr' in df else None, name)
+    df = df.drop_duplicates(['n', 'seed', 'value'])
     return CurveLaw(name, fit_curve(df, name), forecast(c, at=c.n[-1]*BAND, seeds=seeds or int(c.count[-1])), check_curve(c), next_run(c))
 
 # %% ../nbs/08_laws.ipynb #f08052a0
@@ -207,7 +213,11 @@ def measured(df: pd.DataFrame,  # rows as read_curves gives them
     "The rows of one metric as a loss: an accuracy becomes its error rate, with the standard error of its test set; no error at all counts as half an image."
     df = df[df.metric == metric]
     if not len(df): raise StudyError(f"no row has metric {metric!r}")
-    if metric not in ('top1', 'top5') or 'n_test' not in df: return df
+    if metric not in ('top1', 'top5'): return df
+    if not df.value.between(0, 1).all(): raise StudyError(f"{metric} is {df.value[~df.value.between(0, 1)].iloc[0]:g} in one row, expected 0 to 1")
+    if 'n_test' not in df:
+        if (df.value == 1).any(): raise StudyError(f'{metric} is 1 in one row: its error rate has no logarithm, and without a column n_test half an image cannot be counted')
+        return df.assign(value=1-df.value)
     p = (1-df.value).clip(lower=.5/df.n_test)
     return df.assign(value=p, stderr=np.sqrt(p*(1-p)/df.n_test))
 
@@ -232,6 +242,7 @@ def pair_tables(df: pd.DataFrame,  # rows with n, one metric
     rates, cross = [], []
     for a, b in compare:
         for t, g in df[df.curve.isin([a, b])].groupby('test_set', sort=False):
+            if not set(g[g.curve == a].seed) & set(g[g.curve == b].seed): continue          # nothing is paired; comparisons.csv says n_seeds 0
             rates.append(exchange_rate(g, a, b).assign(real=a, synthetic=b, test_set=t))
             if len(set(g[g.curve == a].n) & set(g[g.curve == b].n)) >= 3: cross.append(dict(test_set=t) | crossover(g, a, b))
     first = ['real', 'synthetic', 'test_set', 'n_real', 'loss', 'n_synthetic', 'rate', 'ci_lo', 'ci_hi', 'bound', 'n_seeds']

@@ -142,7 +142,7 @@ def plot_exchange(ax,        # matplotlib axes
         g = g.dropna(subset='rate').sort_values('n_real')
         e = g[g.bound == '=']
         err = np.nan_to_num(np.clip(np.array([e.rate-e.ci_lo, e.ci_hi-e.rate], float), 0, None))
-        ax.errorbar(e.n_real, e.rate, np.minimum(err, np.array([.95*e.rate, np.full(len(e), np.inf)])), color=colour, marker=looks[b]['marker'], ms=4, capsize=2, lw=1, label=f"{looks[b]['label']}\n    for one of {looks[a]['label']}")
+        ax.errorbar(e.n_real, e.rate, err, color=colour, marker=looks[b]['marker'], ms=4, capsize=2, lw=1, label=f"{looks[b]['label']}\n    for one of {looks[a]['label']}")
         for bound, arrow in (('>', r'$\uparrow$'), ('<', r'$\downarrow$')):
             e = g[g.bound == bound]
             ax.plot(e.n_real, e.rate, marker=arrow, color=colour, ms=8, mew=.2, ls='')
