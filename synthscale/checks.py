@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy import stats
-from .forecast import Curve, forecast
+from . import forecast as fc
+from .forecast import Curve
 from .forms import fit_form
 from .study import StudyError
 
@@ -84,34 +85,32 @@ def floor_visible(c: Curve   # the curve
     if b.form.name == 'power': return False
     return bool(stats.f.sf((a.rmse**2-b.rmse**2)/max(b.rmse**2/b.dof, 1e-24), 1, b.dof) < ALPHA)
 
-# %% ../nbs/07d_checks.ipynb #348574ae
+# %% ../nbs/07d_checks.ipynb #a41e32c7
+def _planned_sd(x, count, c, weights, target):
+    "Sd of the trend's curve at log size `target`, had the log sizes x been run `count` times each."
+    alone = np.isnan(c.sd_seed)
+    r = [fc._noise**2*(1/m-1) if alone else np.full(len(fc._noise), c.sd_seed**2/m) for m in count]
+    _, _, P, C, V, _ = fc._trend(x, np.zeros(len(x)), r)[-1]
+    h = target-x[-1]
+    _, f = fc._decay(h)
+    return float(np.sqrt(weights@(P+2*f*C+f*f*V+fc._bend**2*h**3/3)))
+
 def next_run(c: Curve,        # the curve
              target=None,     # the size that matters; default: eight times the largest
-             candidates=None, # sizes that could be run; default: those there are, and two, four times the largest
+             candidates=None, # sizes that could be run, up to the target; default: those there are, and two, four times the largest
              seeds=(1, 3)     # how many runs at once
-            ) -> pd.DataFrame:  # n, seeds, cost, sd of the curve at the target with it, saved; the most saved for a cost first
-    "What another run would do for the forecast at a target."
+            ) -> pd.DataFrame:  # n, seeds, cost, sd of the curve at the target with it, saved (share of the sd now); the most saved first
+    "What another run would do for what is known at a target. Raises StudyError with fewer than two sizes, or for a size beyond the target."
     if len(c.n) < 2: raise StudyError(f'curve {c.name!r}: {len(c.n)} size, expected at least 2')
-    target = 8*c.n[-1] if target is None else target
+    target = 8*c.n[-1] if target is None else float(target)
     candidates = [*c.n, 2*c.n[-1], 4*c.n[-1]] if candidates is None else candidates
-    se = _noise(c)
-    one = np.nanmean(se*np.sqrt(c.count)) if np.isfinite(se).any() else .02
-    def sd(c): return float(forecast(c, at=[max(target, c.n[-1])]).table.sd_curve[0])
-    now, rows = sd(Curve(c.n, c.loss, c.count, one if np.isnan(c.sd_seed) else c.sd_seed, c.sd_test, name=c.name)), []     # the same noise on both sides
-    for m in candidates:
-        at = float(forecast(c, at=[m]).table.loss[0]) if m > c.n[-1] else float(np.exp(np.interp(np.log(m), np.log(c.n), np.log(c.loss))))
-        for s in seeds:
-            new = _with(c, m, at, s, one)
-            rows.append(dict(n=m, seeds=s, cost=m*s, sd=sd(new), saved=1-sd(new)/now))
+    if max(*candidates, *c.n) > target: raise StudyError(f'curve {c.name!r}: {max(*candidates, *c.n):g} images are beyond the target, {target:g}')
+    x, seed2 = np.log(c.n), 0. if np.isnan(c.sd_seed) else c.sd_seed**2
+    weights = fc._weights(fc._trend(x, np.log(c.loss), seed2/c.count+c.sd_test**2)[-1])
+    runs = dict(zip(c.n, c.count))
+    def sd(plan):
+        n = np.array(sorted(plan))
+        return _planned_sd(np.log(n), [plan[m] for m in n], c, weights, np.log(target))
+    now = sd(runs)
+    rows = [dict(n=m, seeds=s, cost=m*s, sd=(v := sd(runs | {m: runs.get(m, 0)+s})), saved=1-v/now) for m in candidates for s in seeds]
     return pd.DataFrame(rows).sort_values(['saved', 'cost'], ascending=[False, True], kind='stable').reset_index(drop=True)
-
-def _with(c, m, loss, seeds, one):
-    "The curve with `seeds` more runs at size m."
-    old = c.n == m
-    seed = c.sd_seed if not np.isnan(c.sd_seed) else one
-    if old.any():
-        count = np.where(old, c.count+seeds, c.count)
-        return Curve(c.n, c.loss, count, seed, c.sd_test, name=c.name)
-    i = np.searchsorted(c.n, m)
-    ins = lambda a, v: np.insert(np.asarray(a, float), i, v)
-    return Curve(ins(c.n, m), ins(c.loss, loss), ins(c.count, seeds).astype(int), seed, ins(c.sd_test, c.sd_test[-1]), name=c.name)
