@@ -5,27 +5,38 @@
 # %% ../nbs/01_data.ipynb #11e03a90
 from __future__ import annotations
 import gzip, hashlib, io, shutil, tarfile, zlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
-from .study import Study, StudyError, derive_seed, file_sha256, nearest, write_atomic
+from .study import Study, StudyError, atomic_file, derive_seed, file_sha256, nearest, write_atomic
 
 # %% auto #0
-__all__ = ['COLUMNS', 'GLYPH', 'WORDINGS', 'SHORT', 'SHAPES', 'IMAGE_TYPES', 'encode_png', 'decode', 'write_shard', 'write_set',
-           'read_manifest', 'tar_samples', 'ImageSet', 'load_set', 'balanced_order', 'subset', 'check_subset',
-           'digit_samples', 'grey', 'draw_glyph', 'distort', 'uci_normalise', 'read_fonts', 'typeset_samples',
-           'caption', 'folder_samples', 'shard_samples', 'set_samples', 'check_set', 'build_set', 'sample_grid']
+__all__ = ['IMAGE_TYPES', 'COLUMNS', 'GLYPH', 'WORDINGS', 'SHORT', 'SHAPES', 'encode_image', 'encode_png', 'decode',
+           'write_shard', 'write_set', 'replace_folder', 'read_manifest', 'tar_samples', 'ImageSet', 'load_set',
+           'read_shard', 'balanced_order', 'subset', 'check_subset', 'digit_samples', 'grey', 'draw_glyph', 'distort',
+           'uci_normalise', 'read_fonts', 'typeset_samples', 'caption', 'folder_samples', 'shard_samples',
+           'set_samples', 'check_set', 'build_set', 'sample_grid']
 
 # %% ../nbs/01_data.ipynb #764070c0
+IMAGE_TYPES = ('png', 'jpg', 'jpeg', 'webp', 'bmp', 'tif', 'tiff', 'gif')
+
+def encode_image(image,                # uint8 array, height x width x channels (1 or 3)
+                 format: str = 'png',  # png, webp or jpeg
+                 quality: int = 95     # of webp and jpeg
+                ) -> bytes:
+    "The bytes of an image file."
+    f = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(f, format, **(dict(optimize=True) if format == 'png' else dict(quality=quality)))
+    return f.getvalue()
+
 def encode_png(image    # uint8 array, height x width x channels (1 or 3)
               ) -> bytes:
     "PNG bytes of an image."
-    f = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(f, 'PNG', optimize=True)
-    return f.getvalue()
+    return encode_image(image)
 
 def decode(data: bytes,       # an encoded image
            size: int,         # pixels a side wanted
@@ -50,13 +61,15 @@ def _add(tar, name, data):
     info.size, info.mtime, info.mode = len(data), 0, 0o444
     tar.addfile(info, io.BytesIO(data))
 
-def write_shard(path,      # NAME-000000.tar.gz
-                samples    # dicts with key, png, label and caption
+def write_shard(path,             # NAME-000000.tar or, where headers outweigh the images, NAME-000000.tar.gz
+                samples,          # dicts with key, image (encoded), label and caption
+                ext: str = 'png'  # what the images are encoded as
                ):
-    "Write one shard; the same samples give the same bytes."
-    with open(path, 'wb') as f, gzip.GzipFile('', 'wb', 9, f, mtime=0) as z, tarfile.open(fileobj=z, mode='w', format=tarfile.USTAR_FORMAT) as tar:
+    "Write one shard, whole or not at all; the same samples give the same bytes."
+    zipped = str(path).endswith('.gz')
+    with atomic_file(path) as f, (gzip.GzipFile('', 'wb', 9, f, mtime=0) if zipped else nullcontext(f)) as z, tarfile.open(fileobj=z, mode='w', format=tarfile.USTAR_FORMAT) as tar:
         for s in samples:
-            _add(tar, f"{s['key']}.png", s['png'])
+            _add(tar, f"{s['key']}.{ext}", s['image'])
             _add(tar, f"{s['key']}.cls", str(s['label']).encode())
             if s['caption']: _add(tar, f"{s['key']}.txt", s['caption'].encode())
 
@@ -78,7 +91,7 @@ def write_set(folder,                  # sets/NAME; replaced
     def flush():
         if not buffer: return
         name = f'{folder.name}-{len({r["shard"] for r in rows}):06d}.tar.gz'
-        write_shard(tmp/name, buffer)
+        write_shard(tmp/name, [s | {'image': s['png']} for s in buffer])
         sha = file_sha256(tmp/name)
         for s in buffer:
             rows.append(dict(key=s['key'], split=s['split'], label=s['label'], caption=s['caption'], shard=name,
@@ -91,9 +104,18 @@ def write_set(folder,                  # sets/NAME; replaced
     flush()
     manifest = pd.DataFrame(rows, columns=[*COLUMNS, *(k for k in (rows[0] if rows else ()) if k not in COLUMNS)])
     manifest.to_parquet(tmp/'manifest.parquet', index=False)
-    shutil.rmtree(folder, ignore_errors=True)
-    tmp.rename(folder)
+    replace_folder(tmp, folder)
     return manifest
+
+def replace_folder(new,      # a finished folder
+                   folder    # what it shall be called
+                  ):
+    "Put a finished folder in the place of another."
+    old = Path(folder).with_name(f'.{Path(folder).name}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    if Path(folder).exists(): Path(folder).rename(old)
+    Path(new).rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/01_data.ipynb #09702420
 def read_manifest(folder    # sets/NAME
@@ -142,12 +164,17 @@ def load_set(folder,                # sets/NAME
         m = m[m.split == split]
     images = {}
     for shard, rows in m.groupby('shard', sort=False):
-        images.update(_read_shard(folder/shard, rows, size, channels))
+        images.update(read_shard(folder/shard, rows, size, channels))
     m = m.reset_index(drop=True)
     return ImageSet(folder.name, np.stack([images[k] for k in m.key]), m.label.to_numpy(np.int64), m)
 
-def _read_shard(path, rows, size, channels):
+def read_shard(path,                  # a shard
+               rows: pd.DataFrame,    # of the manifest: the images wanted
+               size: int = None,      # pixels a side; None: as stored
+               channels: int = None   # 1 or 3
+              ) -> dict:              # key -> uint8 array
     "The wanted images of one shard, checked against the manifest."
+    path = Path(path)
     if not path.exists(): raise StudyError(f"{path}: the shard is missing; dvc repro or dvc pull brings it back")
     if file_sha256(path) != rows.shard_sha256.iloc[0]:
         raise StudyError(f"{path}: the shard is damaged (its SHA-256 is not the manifest's); delete {path.parent} and run dvc repro or dvc pull")
@@ -155,15 +182,16 @@ def _read_shard(path, rows, size, channels):
     out = {}
     for key, s in tar_samples(path):
         if key not in want: continue
-        if hashlib.sha256(s['png']).hexdigest() != want[key]: raise StudyError(f"{path}: image {key} is not the one in the manifest")
-        out[key] = decode(s['png'], size, channels, f'{path}:{key}') if size else _plain(s['png'])
+        data = next((s[e] for e in IMAGE_TYPES if e in s), b'')
+        if hashlib.sha256(data).hexdigest() != want[key]: raise StudyError(f"{path}: image {key} is not the one in the manifest")
+        out[key] = decode(data, size, channels, f'{path}:{key}') if size else _plain(data)
     missing = want.keys() - out.keys()
     if missing: raise StudyError(f"{path}: {len(missing)} images of the manifest are not in the shard, e.g. {min(missing)}")
     return out
 
-def _plain(png):
-    "A stored PNG as an array with a channel axis."
-    a = np.asarray(Image.open(io.BytesIO(png)))
+def _plain(data):
+    "A stored image as an array with a channel axis."
+    a = np.asarray(Image.open(io.BytesIO(data)))
     return a[..., None] if a.ndim == 2 else a
 
 # %% ../nbs/01_data.ipynb #7b533380
@@ -320,8 +348,6 @@ def caption(label: int,         # class index
     return wordings[int(rng.integers(len(wordings)))].format(digit=digit, style=style, face=font.face, shape=SHAPES[label])
 
 # %% ../nbs/01_data.ipynb #def15700
-IMAGE_TYPES = ('png', 'jpg', 'jpeg', 'webp', 'bmp', 'tif', 'tiff', 'gif')
-
 def folder_samples(path,           # file or folder
                    classes: list,  # class names, in label order
                    size: int,      # pixels a side
@@ -410,17 +436,24 @@ def build_set(study: Study,  # the study
     write_atomic(study.path('runs', 'data', name, 'samples.png'), encode_png(sample_grid(study.set_dir(name), len(study.study.classes))))
     return m
 
-def sample_grid(folder,          # sets/NAME
-                n_classes: int,  # classes of the study
-                n: int = 10      # images a class
+def sample_grid(folder,              # sets/NAME
+                n_classes: int,      # classes of the study
+                n: int = 10,         # images a class
+                most: int = 20,      # classes; of more, evenly chosen ones are shown
+                largest: int = 64    # pixels a side of an image; larger ones are shrunk
                ) -> np.ndarray:    # uint8
     "The first n images of each class of a set's first split, a row a class: what the report shows of it."
     m = read_manifest(folder)
-    m = m[m.split == m.split.iloc[0]]
-    rows = m.groupby('label').head(n)
+    shown = range(n_classes) if n_classes <= most else np.linspace(0, n_classes-1, most).round().astype(int)
+    rows = m[(m.split == m.split.iloc[0]) & m.label.isin(list(shown))].groupby('label').head(n)
     images = {}
-    for shard, r in rows.groupby('shard', sort=False): images.update(_read_shard(Path(folder)/shard, r, None, None))
-    shape = next(iter(images.values())).shape
-    blank = np.zeros(shape, np.uint8)
+    for shard, r in rows.groupby('shard', sort=False): images.update({k: _shrunk(a, largest) for k, a in read_shard(Path(folder)/shard, r).items()})
+    blank = np.zeros_like(next(iter(images.values())))
     row = lambda c: [images[k] for k in rows[rows.label == c].key]
-    return np.concatenate([np.concatenate((row(c)+[blank]*n)[:n], 1) for c in range(n_classes)], 0)
+    return np.concatenate([np.concatenate((row(c)+[blank]*n)[:n], 1) for c in shown], 0)
+
+def _shrunk(image, largest):
+    "An image of at most so many pixels a side."
+    if max(image.shape[:2]) <= largest: return image
+    a = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).resize((largest, largest), Image.Resampling.BOX)
+    return np.asarray(a).reshape(largest, largest, -1)

@@ -18,8 +18,8 @@ from .study import Study, StudyError, write_atomic, write_csv
 # %% auto #0
 __all__ = ['MARKERS', 'style', 'axes', 'save', 'plot_scaling', 'legend_below', 'plain_ticks', 'plot_exponents', 'plot_residuals',
            'plot_exchange', 'plot_mixing', 'plot_grid', 'factor_table', 'plot_guidance', 'plot_prompt_sets',
-           'plot_quality', 'class_means', 'plot_classes', 'plot_samples', 'headline', 'plot_table', 'make_report',
-           'predictions', 'law_figures', 'factor_figures', 'sample_figure', 'report_table']
+           'plot_generators', 'plot_quality', 'class_means', 'plot_classes', 'plot_samples', 'headline', 'plot_table',
+           'make_report', 'predictions', 'law_figures', 'factor_figures', 'sample_figure', 'report_table']
 
 # %% ../nbs/09_report.ipynb #c9df7c20
 MARKERS = 'osD^vPX*<>'
@@ -31,15 +31,19 @@ def style(curves: list,          # in the order in which colours are given
     colours = sns.color_palette('colorblind', max(len(curves), 1))
     return {c: dict(color=colours[i], marker=MARKERS[i % len(MARKERS)], label=(labels or {}).get(c, c)) for i, c in enumerate(curves)}
 
-def axes(n=1,         # panels
-         width=5.2,   # inches a panel
-         height=3.9,  # inches
-         **kw         # for plt.subplots
+def axes(n=1,           # panels
+         width=5.2,     # inches a panel
+         height=3.9,    # inches a panel
+         columns=None,  # panels in a row; None: all
+         **kw           # for plt.subplots
         ):
     "A figure with n panels side by side, and its axes as a list."
     sns.set_theme('paper', 'ticks', rc={'axes.spines.top': False, 'axes.spines.right': False, 'svg.hashsalt': 'synthscale'})
-    fig, ax = plt.subplots(1, n, figsize=(width*n, height), squeeze=False, layout='constrained', **kw)
-    return fig, list(ax[0])
+    columns = min(columns or n, n)
+    rows = -(-n//columns)
+    fig, ax = plt.subplots(rows, columns, figsize=(width*columns, height*rows), squeeze=False, layout='constrained', **kw)
+    for a in ax.flat[n:]: a.axis('off')
+    return fig, list(ax.flat[:n])
 
 def save(fig,      # matplotlib figure
          path,     # file or folder
@@ -220,8 +224,8 @@ def plot_guidance(ax,                      # matplotlib axes
     f = factors.assign(name=_names(factors, labels).to_numpy())
     f = f[f.test_set == test_set]
     lines = dict(tuple(f.groupby('name', sort=False)))
-    for look, g in zip(style(list(lines)).values(), (g.sort_values('guidance_scale') for g in lines.values())):
-        _bars(ax, g.guidance_scale, g, color=look['color'], marker=look['marker'], label=look['label'], lw=1.2 if len(g) > 1 else 0, elinewidth=1)
+    for i, (look, g) in enumerate(zip(style(list(lines)).values(), (g.sort_values('guidance_scale') for g in lines.values()))):
+        _bars(ax, g.guidance_scale*1.02**(i-(len(lines)-1)/2), g, color=look['color'], marker=look['marker'], label=look['label'], lw=1.2 if len(g) > 1 else 0, elinewidth=1)
     ax.set(xscale='log', xlabel='guidance scale', ylabel=f'loss on {test_set} at {f.n_images.max():,} images')
     ax.set_xticks(sorted(f.guidance_scale.unique()), [f'{v:g}' for v in sorted(f.guidance_scale.unique())])
     ax.minorticks_off()
@@ -232,16 +236,33 @@ def plot_prompt_sets(ax,                      # matplotlib axes
                      tests: list,             # names of splits
                      labels: dict = None      # prompt set -> words
                     ):
-    "Prompt sets side by side at the guidance scale that most of them share, on every split."
-    g = factors.drop_duplicates('curve').guidance_scale.mode().min()
-    f = factors.assign(name=_names(factors, labels).to_numpy())
+    "Prompt sets side by side, drawn by the model that draws most of them, at the guidance scale that most of them share, on every split."
+    f = factors[factors.model == factors.groupby('model', sort=False).prompt_set.nunique().idxmax()]
+    g = f.drop_duplicates('curve').guidance_scale.mode().min()
+    f = f.assign(name=_names(f, labels).to_numpy())
     f = f[f.guidance_scale == g].drop_duplicates(['name', 'test_set'])
     sets = list(dict.fromkeys(f.name))
     for i, (t, colour) in enumerate(zip(tests, sns.color_palette('colorblind', len(tests)))):
         s = f[f.test_set == t].set_index('name').loc[sets]
         _bars(ax, np.arange(len(sets))+.15*(i-(len(tests)-1)/2), s, fmt=MARKERS[i], color=colour, label=t)
     ax.set_xticks(range(len(sets)), sets)
-    ax.set(ylabel=f'loss at {f.n_images.max():,} images', title=f'guidance scale {g:g}', xlim=(-.5, len(sets)-.5))
+    ax.set(ylabel=f'loss at {f.n_images.max():,} images', title=f'{f.model.iloc[0]}, guidance scale {g:g}', xlim=(-.5, len(sets)-.5))
+    ax.legend(frameon=False, fontsize=8)
+
+def plot_generators(ax,                      # matplotlib axes
+                    factors: pd.DataFrame,   # as factor_table gives it
+                    test_set: str            # name of the test split
+                   ):
+    "Models side by side, at each guidance scale and with the prompt set that most of them share."
+    f = factors[factors.test_set == test_set]
+    shared = f.groupby('prompt_set').model.nunique().idxmax()
+    f = f[(f.prompt_set == shared) & f.guidance_scale.isin([g for g, r in f[f.prompt_set == shared].groupby('guidance_scale') if r.model.nunique() > 1])]
+    scales, models = sorted(f.guidance_scale.unique()), list(dict.fromkeys(f.model))
+    for i, (m, colour) in enumerate(zip(models, sns.color_palette('colorblind', len(models)))):
+        g = f[f.model == m].sort_values('guidance_scale')
+        _bars(ax, np.array([scales.index(s) for s in g.guidance_scale])+.12*(i-(len(models)-1)/2), g, fmt=MARKERS[i], color=colour, label=m)
+    ax.set_xticks(range(len(scales)), [f'guidance {s:g}' for s in scales])
+    ax.set(ylabel=f'loss on {test_set} at {f.n_images.max():,} images', title=f'prompt set: {shared}', xlim=(-.5, len(scales)-.5))
     ax.legend(frameon=False, fontsize=8)
 
 def plot_quality(ax,                      # matplotlib axes
@@ -251,9 +272,11 @@ def plot_quality(ax,                      # matplotlib axes
                 ):
     "Recognizability against diversity of every source; the larger the circle, the larger the loss of a classifier trained on it."
     f = factors[factors.test_set == test_set].dropna(subset=['diversity'])
-    sets = list(dict.fromkeys(f.prompt_set))
+    f = f.assign(name=_names(f).to_numpy())
+    sets = list(dict.fromkeys(f.name))
     colours = dict(zip(sets, sns.color_palette('colorblind', len(sets))))
-    ax.scatter(f.diversity, f[f'recognizability_{judge}'], s=220*(f.loss/f.loss.max())**2, c=[colours[p] for p in f.prompt_set], alpha=.8)
+    for name, g in f.groupby('name', sort=False): ax.scatter(g.diversity, g[f'recognizability_{judge}'], s=220*(g.loss/f.loss.max())**2, color=colours[name], alpha=.8, label=name)
+    for h in ax.legend(frameon=False, fontsize=7, loc='lower left').legend_handles: h.set_sizes([40])
     ax.set(xlabel='diversity', ylabel=f'recognizability, {judge} judge')
     ax.margins(.18)
     ax.margins(y=.3)
@@ -263,7 +286,7 @@ def plot_quality(ax,                      # matplotlib axes
         at = (r.diversity, getattr(r, f'recognizability_{judge}'))
         y = ax.transData.transform(at)[1]*72/ax.figure.dpi
         last = min(y+3, last-8.5)
-        ax.annotate(f'{r.prompt_set}, guidance {r.guidance_scale:g}: {r.loss:.2f}', at, xytext=(9, last-y), textcoords='offset points', fontsize=7)
+        ax.annotate(f'guidance {r.guidance_scale:g}: {r.loss:.2f}', at, xytext=(9, last-y), textcoords='offset points', fontsize=7)
 
 # %% ../nbs/09_report.ipynb #fd006700
 def class_means(per_class: pd.DataFrame,  # rows as in per_class.parquet
@@ -367,7 +390,7 @@ def make_report(study: Study   # the study
         for ax, (c, t) in zip(panels, itertools.product(rep.grids, tests)): plot_grid(ax, means, c, t, f'{looks[c]["label"]}: loss on {t}')
         save(fig, figures/'grid.png')
     per_class = pd.read_parquet(study.path('results', 'per_class.parquet'))
-    fig, panels = axes(len(rep.scaling), 4.6, 3.6)
+    fig, panels = axes(len(rep.scaling), 4.6, 3.6, columns=3)
     for ax, c in zip(panels, rep.scaling): plot_classes(ax, per_class, c, tests[0], study.study.classes, f'{looks[c]["label"]}: recall on {tests[0]}')
     save(fig, figures/'per_class_recall.png')
     sample_figure(study, figures/'samples.png')
@@ -418,7 +441,7 @@ def factor_figures(study: Study,            # the study
                    factors: pd.DataFrame,   # as factor_table gives it
                    figures                  # folder
                   ):
-    "Guidance, prompt sets and quality, each a figure."
+    "Guidance, prompt sets, generators (where there are several) and quality, each a figure."
     e, labels = study.classify.eval, study.report.labels
     fig, panels = axes(len(e.tests))
     for ax, t in zip(panels, e.tests): plot_guidance(ax, factors, t, labels)
@@ -426,6 +449,10 @@ def factor_figures(study: Study,            # the study
     fig, (ax,) = axes(width=5.6)
     plot_prompt_sets(ax, factors, [e.validation, *e.tests], labels)
     save(fig, figures/'prompt_sets.png')
+    if factors.groupby(['prompt_set', 'guidance_scale']).model.nunique().max() > 1:
+        fig, panels = axes(len(e.tests), width=4)
+        for ax, t in zip(panels, e.tests): plot_generators(ax, factors, t)
+        save(fig, figures/'generators.png')
     if factors.diversity.notna().any():
         fig, panels = axes(2)
         for ax, judge in zip(panels, ('real', 'concept')): plot_quality(ax, factors, judge, e.tests[0])
@@ -436,7 +463,7 @@ def sample_figure(study: Study,  # the study
                  ):
     "Image grids of the sets that params.yaml names."
     if not study.report.samples: return
-    fig, panels = axes(len(study.report.samples), 3, 3.2)
+    fig, panels = axes(len(study.report.samples), 3.2, 3.4, columns=3)
     for ax, name in zip(panels, study.report.samples):
         plot_samples(ax, plt.imread(study.path('runs', 'data', name, 'samples.png'))*255, study.report.labels.get(name, name))
     save(fig, path)

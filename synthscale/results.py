@@ -88,7 +88,7 @@ def collect(study: Study   # the study
     curves, sources = list(study.classify.curves), list(study.quality.sources)
     prune(study.path('runs', 'classify'), curves)
     prune(study.path('runs', 'quality'), sources)
-    prune(study.path('runs', 'data'), [*study.data.sets, *study.generate.sources])
+    prune(study.path('runs', 'data'), [*study.data.sets, *study.generate.sources, *study.filters])
     df = check_complete(study, pd.concat([_read(study, 'classify', n, 'curve.csv') for n in curves], ignore_index=True))
     check = pd.concat([_read(study, 'classify', n, 'compute_check.csv') for n in curves], ignore_index=True)
     out = study.path('results')

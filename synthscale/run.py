@@ -13,10 +13,10 @@ from nbformat.v4 import new_code_cell, new_notebook
 from .study import Study, StudyError, die_with_parent, nearest, read_yaml, repo_root, write_atomic
 
 # %% auto #0
-__all__ = ['RUN_HEADING', 'QUIET', 'is_imports', 'code_only', 'normalise', 'notebook_bytes', 'stage_of', 'stage_notebooks',
-           'strip', 'declared_parameters', 'typed_value', 'check_parameters', 'one_writer', 'executed_path', 'execute',
-           'run_stage', 'lock_is_whole', 'guard_lock', 'run_alone', 'package_root', 'readme_text', 'refresh', 'readme',
-           'new_study', 'main']
+__all__ = ['RUN_HEADING', 'QUIET', 'SOURCES', 'TOOLS', 'is_imports', 'code_only', 'normalise', 'notebook_bytes', 'stage_of',
+           'stage_notebooks', 'strip', 'declared_parameters', 'typed_value', 'check_parameters', 'one_writer',
+           'executed_path', 'execute', 'run_stage', 'lock_is_whole', 'guard_lock', 'run_alone', 'package_root',
+           'readme_text', 'refresh', 'readme', 'new_study', 'sources', 'main']
 
 # %% ../nbs/00a_run.ipynb #53e3d730
 RUN_HEADING = '## Run this stage'
@@ -301,27 +301,63 @@ def new_study(folder,        # studies/NAME inside a clone of this repository
     return folder
 
 # %% ../nbs/00a_run.ipynb #996e6080
+def sources(study: Study,   # the study
+            name: str,      # under generate.sources, '' for all
+            what: str,      # plan, draw or verify
+            a               # of the command line: shards, workers, address, repair, measure
+           ) -> int:        # exit code: 1 where verify found damage
+    "What can be done with generated sets beside their stage: price them, draw some of their shards, look for damage."
+    from synthscale import generate as g
+    names = [name] if name else list(study.generate.sources)
+    if what == 'draw':
+        if not name: raise StudyError(f"draw needs a source{nearest('', study.generate.sources)}")
+        src = g.Source(study, name)
+        g.draw_source(src, g.shard_range(a.shards, src.shards), a.workers, a.address)
+        there = sum(src.table(s).exists() for s in src.shards)
+        print(f"{name}: {there} of {len(src.shards)} shards are drawn" + (f"; 'dvc repro generate@{name}' makes the set of them" if there == len(src.shards) else ''))
+        return 0
+    import pandas as pd
+    if what == 'plan':
+        print(pd.DataFrame([g.price_source(study, n, a.measure) for n in names]).to_string(index=False, na_rep=''))
+        print('hours: of one worker, a core or a GPU' if a.measure else 'without measuring: no hours')
+        return 0
+    found = pd.concat([(g.repair_source(study, n, a.workers, a.address) if a.repair else g.verify_source(study, n)).assign(source=n) for n in names])
+    bad = found[found.problem != '']
+    print(f"{len(found)} shards, {len(bad)} of them damaged" + (' and drawn again' if a.repair and len(bad) else ''))
+    if len(bad): print(bad[['source', 'shard', 'images', 'problem']].to_string(index=False))
+    for source, asked in found[found.asked != ''].groupby('source').asked.first().items(): print(f"{source}: params.yaml asks for something else than lies there (it differs in {asked}); 'dvc repro generate@{source}' draws that")
+    return int(len(bad) > 0 and not a.repair)
+
+SOURCES = ('plan', 'draw', 'verify')     # of generated sets
+TOOLS = ('readme', 'refresh', 'new-study', *SOURCES)     # commands that are no stage
+
 def main(argv=None    # command line, without the program's name
         ) -> int:     # exit code
-    "synthscale STAGE [-p name value] | strip | readme | refresh NOTEBOOK | new-study FOLDER"
+    "synthscale STAGE [-p name value] | strip | plan [SOURCE] | draw SOURCE [--shards a:b] | verify [SOURCE] | readme | refresh NOTEBOOK | new-study FOLDER"
     p = argparse.ArgumentParser('synthscale', description='Run one stage of a study, as dvc.yaml does.')
-    p.add_argument('stage', help="a stage (data, models, classify, ...), or: strip, readme, refresh, new-study")
-    p.add_argument('target', nargs='?', help='new-study: the folder to make; refresh: the notebook to execute')
+    p.add_argument('stage', help="a stage (data, models, classify, ...), or: plan, draw, verify (generated sets), strip, readme, refresh, new-study")
+    p.add_argument('target', nargs='?', help='plan, draw, verify: a source; new-study: the folder to make; refresh: the notebook to execute')
+    p.add_argument('--shards', default='', help='draw: a:b, shard numbers from a up to but without b, for a job array (default: all)')
+    p.add_argument('--workers', type=int, default=0, help='draw, verify --repair: processes (default: one a GPU, or a core)')
+    p.add_argument('--address', default='', help='draw, verify --repair: of a Ray cluster (default: RAY_ADDRESS, else this machine)')
+    p.add_argument('--repair', action='store_true', help='verify: draw damaged shards again')
+    p.add_argument('--no-measure', dest='measure', action='store_false', help='plan: draw nothing, so no hours')
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='a parameter of the notebook, as often as needed')
     p.add_argument('--study', default='.', help="the study's folder (default: here)")
     a = p.parse_args(argv)
     parent, given = os.getppid(), dict(a.p)
     if 'DVC_STAGE' in os.environ: die_with_parent()      # a run that a person started in the background may outlive the shell
     try:
-        if a.target and a.stage not in ('new-study', 'refresh'): raise StudyError(f"{a.stage} takes parameters as '-p NAME VALUE', not {a.target!r}")
+        if a.target and a.stage not in ('new-study', 'refresh', *SOURCES): raise StudyError(f"{a.stage} takes parameters as '-p NAME VALUE', not {a.target!r}")
         if a.stage == 'strip': strip(Study(a.study))
         elif a.stage == 'readme': readme(a.study)
         elif a.stage in ('new-study', 'refresh'):
             if not a.target: raise StudyError(f'{a.stage} needs a name, e.g. synthscale new-study studies/mine, synthscale refresh nbs/08_laws.ipynb')
             new_study(a.target) if a.stage == 'new-study' else refresh(a.target)
+        elif a.stage in SOURCES: return sources(Study(a.study), a.target or '', a.stage, a)
         elif given.get('curves'): print(run_alone(a.stage, given))
         else: run_stage(a.stage, given, a.study)
-        if a.stage not in ('readme', 'refresh', 'new-study'): guard_lock(a.study, parent)
+        if a.stage not in TOOLS: guard_lock(a.study, parent)
     except StudyError as e:
         print(f'synthscale: {e}', file=sys.stderr)
         return 1

@@ -64,13 +64,19 @@ def smoke_params() -> dict:
     p['data']['sets']['typeset']['splits'] = dict(train=120, judge=80)
     p['data']['sets'] = {k: p['data']['sets'][k] for k in ('digits', 'typeset')}
     p['judges']['judge_real']['n_images'], p['judges']['judge_concept']['n_images'] = 200, 80
-    p['models'] = {'mini_sd': p['models']['mini_sd']}
     p['models']['mini_sd']['vae'] |= dict(channels=[8, 16], steps=60, batch_size=32)
     p['models']['mini_sd']['text'] |= dict(width=32, layers=1)
     p['models']['mini_sd']['unet'] |= dict(channels=[16, 32], steps=60, batch_size=32)
-    p['generate'] = dict(steps=3, batch_size=50, sources={
-        'names_g2': dict(model='mini_sd', prompts='names', guidance_scale=2.0, n_images=120),
-        'styles_g1': dict(model='mini_sd', prompts='styles', guidance_scale=1.0, n_images=80)})
+    p['models']['mini_if']['text'] |= dict(width=32, layers=1)
+    p['models']['mini_if']['unet'] |= dict(channels=[16, 32], steps=30, batch_size=32)
+    p['models']['mini_muse']['vq'] |= dict(channels=[8, 16], latent_channels=4, codes=64, steps=40, batch_size=32)
+    p['models']['mini_muse']['text'] |= dict(width=32, layers=1)
+    p['models']['mini_muse']['transformer'] |= dict(width=32, layers=1, steps=40, batch_size=32)
+    p['data']['shard_size'] = 100
+    p['generate'] |= dict(batch_size=50, sources={
+        'names_g2': dict(model='mini_sd', prompts='names', guidance_scale=2.0, n_images=120, steps=3),
+        'styles_g1': dict(model='mini_sd', prompts='styles', guidance_scale=1.0, n_images=80, steps=3)})
+    p['filters'] = dict(clear_g2=dict(set='names_g2', judge='judge_concept', min_confidence=0.01, duplicates='near'))
     p['quality']['sources'] = dict(real=dict(set='digits', split='shift'), typeset=dict(set='typeset'), names_g2=dict(set='names_g2'), styles_g1=dict(set='styles_g1'))
     for s in p['quality']['sources'].values(): s['n_images'] = 60
     p['classify']['recipe'] |= dict(samples_at_100=640, batch_size=32)
@@ -87,7 +93,7 @@ def smoke_params() -> dict:
     return p
 
 @functools.cache
-def smoke_study(*stages    # of data, models, prompts, generate, judges, quality, classify, results, laws: run them, in this order; 'all' stands for the first five
+def smoke_study(*stages    # of data, models, prompts, generate, judges, filters, quality, classify, results, laws: run them, in this order; 'all' stands for the first six
                ) -> str:   # the study's folder
     "Make the smoke study in a temporary folder and run the given stages in this process; once a process."
     from ruamel.yaml import YAML
@@ -101,14 +107,14 @@ def run_smoke(study: Study,  # the study
               stages         # names of stages, in order
              ):
     "Run stages of a small study one after the other, in this process."
-    stages = [s for x in stages for s in (('data', 'models', 'prompts', 'generate', 'judges') if x == 'all' else (x,))]
+    stages = [s for x in stages for s in (('data', 'models', 'prompts', 'generate', 'judges', 'filters') if x == 'all' else (x,))]
     for stage in stages:
         if stage == 'data':
             from synthscale.data import build_set
             for n in study.data.sets: build_set(study, n)
         elif stage == 'models':
             from synthscale.models import build_model
-            for n in study.models: build_model(study, n)
+            for n in dict.fromkeys(s.model for s in study.generate.sources.values()): build_model(study, n)      # the others are trained where they are shown
         elif stage == 'prompts':
             from synthscale.prompts import write_prompts
             write_prompts(study)
@@ -118,6 +124,9 @@ def run_smoke(study: Study,  # the study
         elif stage == 'judges':
             from synthscale.judges import build_judge
             for n in study.judges: build_judge(study, n)
+        elif stage == 'filters':
+            from synthscale.filters import filter_set
+            for n in study.filters: filter_set(study, n)
         elif stage == 'quality':
             from synthscale.quality import score_source
             for n in study.quality.sources: score_source(study, n)

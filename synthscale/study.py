@@ -4,7 +4,8 @@
 
 # %% ../nbs/00_study.ipynb #11e03a90
 from __future__ import annotations
-import difflib, hashlib, json, os, string, threading, time
+import difflib, errno, hashlib, json, os, re, shutil, string, threading, time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,12 +13,14 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 # %% auto #0
-__all__ = ['Ident', 'Key', 'Count', 'Positive', 'Rate', 'SetSpec', 'Section', 'StudyInfo', 'DigitsSpec', 'TypesetSpec',
-           'FolderSpec', 'ShardsSpec', 'DataSection', 'VaeSpec', 'TextSpec', 'UnetSpec', 'MiniSDSpec', 'JudgeSpec',
-           'PromptSet', 'PromptsSection', 'SourceSpec', 'GenerateSection', 'QualitySource', 'QualitySection', 'Arch',
-           'Recipe', 'EvalSpec', 'CurveSpec', 'ClassifySection', 'ChoiceSpec', 'LawsSection', 'ReportSection', 'Params',
-           'StudyError', 'nearest', 'read_yaml', 'parse_params', 'Study', 'repo_root', 'derive_seed', 'write_atomic',
-           'file_sha256', 'write_csv', 'die_with_parent']
+__all__ = ['Ident', 'Key', 'Count', 'Positive', 'Rate', 'SetSpec', 'TrainedOn', 'ModelSpec', 'Section', 'StudyInfo', 'DigitsSpec',
+           'TypesetSpec', 'FolderSpec', 'ShardsSpec', 'DataSection', 'VaeSpec', 'TextSpec', 'UnetSpec', 'T5Spec',
+           'VqSpec', 'TransformerSpec', 'MiniSDSpec', 'MiniIFSpec', 'MiniMuseSpec', 'HubFiles', 'HubSpec', 'LocalSpec',
+           'JudgeSpec', 'PromptSet', 'PromptsSection', 'UpscaleSpec', 'SourceSpec', 'GenerateSection', 'FilterSpec',
+           'QualitySource', 'QualitySection', 'Arch', 'Recipe', 'EvalSpec', 'CurveSpec', 'ClassifySection',
+           'ChoiceSpec', 'LawsSection', 'ReportSection', 'Params', 'StudyError', 'HopelessError', 'nearest',
+           'read_yaml', 'parse_params', 'Study', 'repo_root', 'derive_seed', 'atomic_file', 'write_atomic',
+           'link_or_copy', 'file_sha256', 'write_csv', 'die_with_parent']
 
 # %% ../nbs/00_study.ipynb #d201d6f0
 class Section(BaseModel):
@@ -76,6 +79,8 @@ class DataSection(Section):
     sets: dict[Key, SetSpec]
 
 # %% ../nbs/00_study.ipynb #42c4cf60
+TrainedOn = Annotated[str, Field(pattern=r'^sets/[A-Za-z0-9_+-]+$')]     # sets/NAME, a set under data.sets
+
 class VaeSpec(Section):
     "The autoencoder (diffusers' AutoencoderKL): pixels to latents, half as wide for each channel count after the first."
     channels: Annotated[list[Annotated[int, Field(ge=8, multiple_of=8)]], Field(min_length=2)]     # block_out_channels
@@ -101,14 +106,94 @@ class UnetSpec(Section):
     caption_dropout: Annotated[float, Field(gt=0, lt=1)]       # share of captions left empty: what guidance is measured against
     ema: Annotated[float, Field(ge=0, lt=1)]                   # decay of the averaged weights, which are the ones saved
 
+class T5Spec(Section):
+    "Tokenizer and text encoder (transformers' T5Tokenizer and T5EncoderModel), trained on the captions of the set; a prompt has 77 tokens, as in IF."
+    vocab_size: Annotated[int, Field(ge=80)]    # at most; 73 signs and three special tokens stand in any case
+    width: Annotated[int, Field(ge=32, multiple_of=32)]
+    layers: Positive
+
+class VqSpec(Section):
+    "The autoencoder of a masked-token model (diffusers' VQModel): pixels to a grid of codes and back."
+    channels: Annotated[list[Annotated[int, Field(ge=8, multiple_of=8)]], Field(min_length=2)]     # block_out_channels; the grid is halved for each after the first
+    latent_channels: Positive
+    codes: Annotated[int, Field(ge=2)]          # of the codebook
+    steps: Positive
+    batch_size: Positive
+    lr: Rate
+    revive: Rate                     # weight of the pull that keeps every code near what the images use
+
+class TransformerSpec(Section):
+    "The transformer that fills in masked codes (diffusers' UVit2DModel), trained together with the text encoder."
+    width: Annotated[int, Field(ge=32, multiple_of=32)]
+    layers: Positive
+    steps: Positive
+    batch_size: Positive
+    lr: Rate
+    caption_dropout: Annotated[float, Field(gt=0, lt=1)]
+    ema: Annotated[float, Field(ge=0, lt=1)]
+
 class MiniSDSpec(Section):
     "A small Stable Diffusion, trained by the study itself on the images and captions of one of its sets."
     kind: Literal['mini_sd']
-    set: Ident                       # under data.sets; its captions are the only text the model knows
+    input: TrainedOn                 # its captions are the only text the model knows
     split: Ident = 'train'
     vae: VaeSpec
     text: TextSpec
     unet: UnetSpec
+
+    @property
+    def halvings(self) -> int:
+        "How often an image is halved on its way to the innermost level."
+        return len(self.vae.channels)+len(self.unet.channels)-2
+
+class MiniIFSpec(Section):
+    "A small DeepFloyd IF: pixels denoised, prompts read by a T5; its first stage alone, since the images are as small as they come."
+    kind: Literal['mini_if']
+    input: TrainedOn
+    split: Ident = 'train'
+    text: T5Spec
+    unet: UnetSpec
+
+    @property
+    def halvings(self) -> int:
+        "How often an image is halved on its way to the innermost level."
+        return len(self.unet.channels)-1
+
+class MiniMuseSpec(Section):
+    "A small aMUSEd, the open relative of Muse: images as grids of codes, masked codes filled in."
+    kind: Literal['mini_muse']
+    input: TrainedOn
+    split: Ident = 'train'
+    vq: VqSpec
+    text: TextSpec
+    transformer: TransformerSpec
+
+    @property
+    def halvings(self) -> int:
+        "How often an image is halved on its way to the grid of codes."
+        return len(self.vq.channels)-1
+
+class HubFiles(Section):
+    "A repository of the Hugging Face hub at one commit."
+    repo: Annotated[str, Field(pattern=r'^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')]    # OWNER/NAME
+    revision: str                    # the full commit hash, 40 hexadecimal digits: a branch or a tag may move
+    variant: Ident = ''              # e.g. fp16: weights named *.fp16.safetensors; empty: the plain ones
+
+class HubSpec(HubFiles):
+    "A pipeline from the Hugging Face hub: brought to disk once, safetensors only, no code of the repository is run."
+    kind: Literal['hub']
+    input: Literal['build/nbs/02_models.ipynb']   # nothing of the study is read; DVC cannot leave a dependency out, and on this one the stage depends in any case
+    pipeline: Ident = ''             # the class that is expected, e.g. StableDiffusionPipeline; empty: any text-to-image pipeline
+    upscaler: Union[HubFiles, None] = None   # the second stage of a cascade (DeepFloyd IF)
+
+class LocalSpec(Section):
+    "A pipeline that lies in a folder, as save_pretrained wrote it; copied, so that DVC versions what was used."
+    kind: Literal['local']
+    input: str                       # the folder
+    pipeline: Ident = ''             # as for a hub model
+    upscaler: str = ''               # folder of the second stage of a cascade, inside `input`
+
+ModelSpec = Annotated[Union[MiniSDSpec, MiniIFSpec, MiniMuseSpec, HubSpec, LocalSpec], Field(discriminator='kind')]
 
 class JudgeSpec(Section):
     "A frozen classifier that judges images."
@@ -127,18 +212,42 @@ class PromptsSection(Section):
     words: dict[Ident, dict[str, str]] = {}    # placeholder -> class -> words; `name` defaults to the class's own, with blanks for underscores
     sets: dict[Key, PromptSet]
 
+class UpscaleSpec(Section):
+    "The second stage of a cascade; null: the family's habit."
+    guidance_scale: Union[Rate, None] = None
+    steps: Union[Positive, None] = None
+    noise_level: Union[Count, None] = None   # noise added to the small image, in steps of the training schedule
+
 class SourceSpec(Section):
     "A generated image set: one model, one prompt set, one guidance scale."
     model: Ident                     # under models
     prompts: Ident                   # under prompts.sets
-    guidance_scale: float            # classifier-free guidance; 1: none
-    n_images: Positive               # classes in turn
+    guidance_scale: float            # classifier-free guidance; what means none depends on the family, see pipelines
+    n_images: Positive               # classes in turn; more later extends the set
+    steps: Union[Positive, None] = None        # denoising steps; null: the family's habit
+    scheduler: Ident = ''            # a scheduler class of diffusers, e.g. DDIMScheduler; empty: the one saved with the model
+    size: Union[Positive, None] = None         # pixels a side that are drawn; null: the model's own size. data.image_size are stored
+    upscale: Union[UpscaleSpec, None] = None   # for a cascade
+    safety_checker: bool = False     # use the one saved with the model; an image it flags is drawn again from the next seed
 
 class GenerateSection(Section):
-    "Image sets that a text-to-image model draws."
-    steps: Positive                  # denoising steps, by the scheduler saved with the model
-    batch_size: Positive             # images a pass, and what a killed run loses at most, per worker
+    "Image sets that a text-to-image model draws. All of it decides the bytes, so every key is to be given (DVC tracks them one by one); where and by how many workers they are drawn does not."
+    batch_size: Positive             # images a pass, always filled up; also what a killed run loses at most, per worker
+    dtype: Union[Literal['float32', 'bfloat16', 'float16'], None]          # of weights and arithmetic; null: the family's habit
+    format: Literal['png', 'webp', 'jpeg']               # of the stored images; png loses nothing
+    quality: Annotated[int, Field(ge=1, le=100)]         # of webp and jpeg
+    resize: Literal['bicubic', 'lanczos', 'bilinear', 'box']               # antialiased, from the size drawn to data.image_size
+    channels_last: bool              # memory order of the denoiser's weights
+    compile: Literal['no', 'default', 'reduce-overhead', 'max-autotune-no-cudagraphs', 'max-autotune']   # torch.compile of denoiser and decoder. reduce-overhead and max-autotune use CUDA graphs; autotuning picks kernels by their speed on the day, so that workers may differ in the last bits
     sources: dict[Key, SourceSpec]
+
+class FilterSpec(Section):
+    "A part of an image set: the same images without those that a judge doubts, or without repeats."
+    set: Ident                       # under data.sets or generate.sources
+    judge: Ident                     # under judges
+    min_confidence: Annotated[float, Field(ge=0, lt=1)] = 0.   # probability that the judge gives the class an image was made for; 0: all pass
+    duplicates: Literal['keep', 'exact', 'near'] = 'keep'      # what to leave out: images whose pixels, or whose rough shape, repeat an earlier image of the class
+    near_bits: Count = 3             # near: at most so many of the 64 bits of the two difference hashes differ
 
 class QualitySource(Section):
     "A set whose images are judged."
@@ -227,10 +336,11 @@ class Params(Section):
     root: str                        # the repository, seen from the study's folder: '.' or '../..'
     study: StudyInfo
     data: DataSection
-    models: dict[Key, MiniSDSpec]
+    models: dict[Key, ModelSpec]
     prompts: PromptsSection
     generate: GenerateSection
     judges: dict[Key, JudgeSpec]
+    filters: dict[Key, FilterSpec]   # {} for none
     quality: QualitySection
     classify: ClassifySection
     laws: LawsSection
@@ -239,6 +349,9 @@ class Params(Section):
 # %% ../nbs/00_study.ipynb #30882720
 class StudyError(ValueError):
     "The study asks for something that is not there or cannot be: the message names the file and the key."
+
+class HopelessError(StudyError):
+    "What was tried will fail for everything else, too: a full disk, a broken model. Work of the same kind stops at once."
 
 def nearest(word: str,            # what was written
             options               # what would have been valid
@@ -293,9 +406,10 @@ def _explain(e, data, file):
         return f"{file}: unknown key {key!r}{nearest(keys[-1], _fields_at(e['loc'][:-1], kind))}"
     if e['type'] == 'missing': return f"{file}: key {key!r} is missing"
     if e['type'].startswith('union_tag'):
-        kinds = [k for m in _models_in(DataSection.model_fields['sets'].annotation) for k in _literals(m)]
+        what, where = ('model', Params.model_fields['models']) if keys[0] == 'models' else ('set', DataSection.model_fields['sets'])
+        kinds = [k for m in _models_in(where.annotation) for k in _literals(m)]
         got = e['input'].get('kind') if isinstance(e['input'], dict) else e['input']
-        return f"{file}: {key}.kind is {got!r}: no such kind of set{nearest(got, kinds)}"
+        return f"{file}: {key}.kind is {got!r}: no such kind of {what}{nearest(got, kinds)}"
     return f"{file}: {key} is {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}"
 
 # %% ../nbs/00_study.ipynb #a3352620
@@ -305,22 +419,27 @@ def _check_names(p: Params, file):
         if name not in options: raise StudyError(f"{file}: {key} is {name!r}: no such {what}{nearest(name, options)}")
     seen = set()
     for c in p.study.classes:
+        if not c.strip('.'): raise StudyError(f"{file}: study.classes names {c!r}, which is a folder and no name")
         if c in seen: raise StudyError(f"{file}: study.classes names {c!r} twice: each class needs its own name")
         seen.add(c)
     made, curves = p.generate.sources, p.classify.curves
-    sets, both = {**p.data.sets, **made}, 'set under data.sets or generate.sources'
-    for n in made:
-        if n in p.data.sets: raise StudyError(f"{file}: {n!r} stands under data.sets and under generate.sources: each image set needs its own name")
-    for n, m in p.models.items():
-        ref(f'models.{n}.set', m.set, p.data.sets, 'set under data.sets')
-        whole = 2**(len(m.vae.channels)+len(m.unet.channels)-2)
-        if p.data.image_size % whole: raise StudyError(f"{file}: models.{n}: {len(m.vae.channels)} levels of the autoencoder and {len(m.unet.channels)} of the UNet halve an image {len(m.vae.channels)+len(m.unet.channels)-2} times: data.image_size is {p.data.image_size}, expected a multiple of {whole}")
+    sets, both = {**p.data.sets, **made, **p.filters}, 'set under data.sets, generate.sources or filters'
+    for n in sets:
+        where = [k for k, there in (('data.sets', p.data.sets), ('generate.sources', made), ('filters', p.filters)) if n in there]
+        if len(where) > 1: raise StudyError(f"{file}: {n!r} stands under {where[0]} and under {where[1]}: each image set needs its own name")
+    for n, m in p.models.items(): _check_model(p, n, m, file)
     for n, s in p.prompts.sets.items(): _check_prompts(p, n, s, file)
     for n, s in made.items():
         ref(f'generate.sources.{n}.model', s.model, p.models, 'model under models')
         ref(f'generate.sources.{n}.prompts', s.prompts, p.prompts.sets, 'prompt set under prompts.sets')
         if s.n_images < len(p.study.classes): raise StudyError(f"{file}: generate.sources.{n}.n_images is {s.n_images}: expected at least one image for each of {len(p.study.classes)} classes")
-        if not s.guidance_scale >= 1: raise StudyError(f"{file}: generate.sources.{n}.guidance_scale is {s.guidance_scale:g}: Stable Diffusion's range begins at 1, which is no guidance")
+        lowest = 1 if p.models[s.model].kind.startswith('mini_') else 0             # what holds for other models is in pipelines.FAMILIES, when their class is known
+        if not s.guidance_scale >= lowest: raise StudyError(f"{file}: generate.sources.{n}.guidance_scale is {s.guidance_scale:g}: expected a number from {lowest} on{', which is no guidance' if lowest else ''}")
+    if p.generate.format == 'webp' and p.data.channels == 1: raise StudyError(f"{file}: generate.format is 'webp', which has no grey images: expected png or jpeg while data.channels is 1")
+    for n, s in p.filters.items():
+        ref(f'filters.{n}.set', s.set, {**p.data.sets, **made}, 'set under data.sets or generate.sources')
+        ref(f'filters.{n}.judge', s.judge, p.judges, 'judge under judges')
+        if not s.min_confidence and s.duplicates == 'keep': raise StudyError(f"{file}: filters.{n} leaves nothing out: expected min_confidence above 0, or duplicates: exact or near")
     for n, s in p.judges.items(): ref(f'judges.{n}.set', s.set, p.data.sets, 'set under data.sets')
     for k in ('real_judge', 'concept_judge'): ref(f'quality.{k}', getattr(p.quality, k), p.judges, 'judge under judges')
     for n, s in p.quality.sources.items(): ref(f'quality.sources.{n}.set', s.set, sets, both)
@@ -349,6 +468,19 @@ def _check_names(p: Params, file):
         for n in getattr(p.report, key): ref(f'report.{key}', n, curves, 'curve under classify.curves')
     for n in p.report.samples: ref('report.samples', n, sets, both)
     for n in p.report.labels: ref('report.labels', n, [*curves, *sets, *p.quality.sources, *p.prompts.sets], 'curve, set, source or prompt set')
+
+# %% ../nbs/00_study.ipynb #ec28eca8
+def _check_model(p, name, m, file):
+    "A model's commit, its training set, and whether its levels fit the size of the images."
+    key = f'models.{name}'
+    for k, r in ((key, m), (f'{key}.upscaler', getattr(m, 'upscaler', None))):
+        if isinstance(r, HubFiles) and not re.fullmatch('[0-9a-f]{40}', r.revision):
+            raise StudyError(f"{file}: {k}.revision is {r.revision!r}: expected a full commit hash of 40 hexadecimal digits, because branches and tags move (the hub shows it under 'History')")
+    if isinstance(m, LocalSpec) and m.upscaler and not m.upscaler.startswith(m.input.rstrip('/')+'/'): raise StudyError(f"{file}: {key}.upscaler is {m.upscaler!r}: expected a folder inside {key}.input ({m.input}), which is what DVC watches")
+    if isinstance(m, (HubSpec, LocalSpec)): return
+    if (n := m.input.removeprefix('sets/')) not in p.data.sets: raise StudyError(f"{file}: {key}.input is {m.input!r}: no such set under data.sets{nearest(n, p.data.sets)}")
+    halvings = m.halvings
+    if p.data.image_size % 2**halvings: raise StudyError(f"{file}: {key}: its networks halve an image {halvings} times: data.image_size is {p.data.image_size}, expected a multiple of {2**halvings}")
 
 # %% ../nbs/00_study.ipynb #ab1522e7
 def _check_prompts(p, name, s, file):
@@ -418,10 +550,10 @@ class Study:
         return self.dir.joinpath(*map(str, parts))
     def set_dir(self, name) -> Path:
         "Where the shards and the manifest of an image set lie."
-        known = [*self.data.sets, *self.generate.sources]
+        known = [*self.data.sets, *self.generate.sources, *self.filters]
         if name not in known: raise StudyError(f"no image set {name!r} in the study {self.study.name!r}{nearest(name, known)}")
         return self.path('sets', name)
-    def __repr__(self): return f"Study({self.study.name!r}: {len(self.data.sets)+len(self.generate.sources)} sets, {len(self.classify.curves)} curves)"
+    def __repr__(self): return f"Study({self.study.name!r}: {len(self.data.sets)+len(self.generate.sources)+len(self.filters)} sets, {len(self.classify.curves)} curves)"
 
 def _short(path):
     "A path as a person in the current folder would write it."
@@ -445,16 +577,40 @@ def derive_seed(*parts    # study seed first, then strings and integers that nam
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') >> 1
 
 # %% ../nbs/00_study.ipynb #01b94e70
+@contextmanager
+def atomic_file(path    # where the file shall be
+               ):       # an open binary file
+    "A file that is there, whole, once the block has ended well, and not at all otherwise."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp')      # on a shared file system, two machines may have the same process id
+    try:
+        with open(tmp, 'wb') as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())                 # or a power failure leaves the new name on an empty file
+        os.replace(tmp, path)
+    except BaseException as e:
+        tmp.unlink(missing_ok=True)              # half of it would take room that is needed
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC: raise HopelessError(f"{path}: no space left on the device; free some and run again, what is finished is kept") from None
+        raise
+
 def write_atomic(path,            # where the file shall be
                  content          # bytes or text
                 ) -> Path:
     "Write a file so that it is there whole or not at all, whenever the process dies."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    tmp.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(tmp, path)
-    return path
+    with atomic_file(path) as f: f.write(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+def link_or_copy(a,   # a file
+                 b    # its second name
+                ):
+    "A second name for a file, or a copy of it where the file system has no links; whole or not there."
+    tmp = Path(b).with_name(f'.{Path(b).name}.{os.getpid()}.{os.urandom(4).hex()}.tmp')
+    try: os.link(a, tmp)
+    except OSError:
+        with open(a, 'rb') as f, atomic_file(b) as g: shutil.copyfileobj(f, g)
+    else: os.replace(tmp, b)
 
 def file_sha256(path    # a file
                ) -> str:

@@ -4,8 +4,8 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from conftest import ROOT, edit, environment, load, sh
 from safetensors import safe_open
-from synthscale.generate import source_plan
-from synthscale.models import END, learn_merges, train_tokenizer
+from synthscale.generate import class_texts, source_plan
+from synthscale.minis import END, learn_merges, train_tokenizer
 from synthscale.pipelines import folder_sha256
 from synthscale.prompts import prompt_table, read_prompts, write_prompts
 from synthscale.study import PromptSet, Study, StudyError, TextSpec, parse_params
@@ -60,7 +60,7 @@ class InMemory:
 
 def plan(n, seed=0, source='names_g2', prompts='styles'):
     s = InMemory(n, seed, source)
-    return source_plan(s, source, prompt_table(s.prompts.sets[prompts], s.study.classes, s.prompts.words))
+    return source_plan(s, source, class_texts(s, prompt_table(s.prompts.sets[prompts], s.study.classes, s.prompts.words)))
 
 @given(st.integers(10, 150), st.integers(10, 150), st.integers(0, 5))
 @settings(max_examples=25, deadline=None)
@@ -93,11 +93,11 @@ def test_ties_between_merges_do_not_depend_on_chance():
 
 # a state on disk ten times a second, so that the test is short
 TRAIN = """
-import synthscale.models as m, torch
+import synthscale.minis as m, synthscale.models, torch
 from synthscale.study import Study
 m.train.__defaults__ = ('', .1)
 torch.set_num_threads(1)
-m.build_model(Study('.'), 'mini_sd')
+synthscale.models.build_model(Study('.'), 'mini_sd')
 """
 
 def step_of(path):
@@ -127,30 +127,31 @@ def test_training_killed_again_and_again_ends_with_the_same_model(repo):
     assert not list((repo/'build'/'models').glob('*/*.safetensors'))
 
 @pytest.mark.slow
-def test_drawing_killed_again_and_again_ends_with_the_same_shards(repo):
-    edit(repo, lambda p: (p['generate'].update(batch_size=10, steps=30), p['generate']['sources']['names_g2'].update(n_images=400)))
+def test_a_killed_stage_leaves_no_worker_and_goes_on_where_it_was(repo):
+    "The stage as DVC runs it, on two Ray workers, killed in the middle: whoever draws or hands out work ends, and what was drawn is kept."
+    import psutil
+    edit(repo, lambda p: (p['generate'].update(batch_size=10), p['generate']['sources']['names_g2'].update(n_images=400, steps=40)))
     draw = [sys.executable, '-m', 'synthscale.run', 'generate', '-p', 'source', 'names_g2', '-p', 'workers', '2']
-    files = lambda: {p.name: p.read_bytes() for p in (repo/'sets'/'names_g2').iterdir()}
-    before = files()
-    sh(draw, repo)
-    whole = files()
-    assert whole != before and len(pd.read_parquet(repo/'sets'/'names_g2'/'manifest.parquet')) == 400
-    sh('rm -rf sets/names_g2 build/generate', repo)
-    parts = lambda: {p.name: p.stat().st_mtime_ns for p in (repo/'build'/'generate').glob('names_g2-*/*.npy')}
-    kept = {}
-    for wanted in (2, 8, 16):
-        p = subprocess.Popen(draw, cwd=repo, env=environment(), stderr=subprocess.DEVNULL)
-        deadline = time.time()+90
-        while len(parts()) < wanted and p.poll() is None and time.time() < deadline: time.sleep(.005)
-        assert p.poll() is None, 'it ended before it could be killed'
-        p.kill(); p.wait()
-        time.sleep(1)                                                     # its workers end by themselves
-        now = parts()
-        assert wanted <= len(now) < 40 and {k: now.get(k) for k in kept} == kept     # what an earlier run drew is not drawn again
-        kept = now
-    sh(draw, repo)
-    assert files() == whole
-    assert {k: v for k, v in parts().items() if k in kept} == kept and len(parts()) == 40
+    parts = lambda: {p.name: p.stat().st_mtime_ns for p in (repo/'build'/'generate').glob('names_g2-*/0*/*.parquet')}
+    p = subprocess.Popen(draw, cwd=repo, env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.time()+120
+    while len(parts()) < 5 and p.poll() is None and time.time() < deadline: time.sleep(.01)
+    assert p.poll() is None, 'it ended before it could be killed'
+    started = [c for c in psutil.Process(p.pid).children(recursive=True) if 'Agent' not in c.name()]       # Ray's two reporting agents outlive it by a minute or so
+    p.kill(); p.wait()
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive, alive
+    kept = parts()
+    assert 5 <= len(kept) < 40
+    time.sleep(.5)
+    assert parts() == kept                                                # nobody goes on writing
+    sh([*draw[:-1], '1'], repo)
+    m = pd.read_parquet(repo/'sets'/'names_g2'/'manifest.parquet')
+    whole = {f.name: f.read_bytes() for f in (repo/'sets'/'names_g2').iterdir()}
+    assert len(m) == 400 and not list((repo/'build'/'generate').glob('names_g2-*'))
+    sh('rm -rf sets/names_g2', repo)
+    sh([*draw[:-1], '1'], repo)
+    assert {f.name: f.read_bytes() for f in (repo/'sets'/'names_g2').iterdir()} == whole
 
 # ---- bad input, through the stage
 
@@ -176,8 +177,9 @@ def test_a_model_folder_that_is_missing_or_broken_is_named(repo):
 
 # ---- the embedded study's own model
 
-def test_the_embedded_model_draws_what_it_is_asked_for():
-    "The requirement on mini_sd, on the committed results: the judge trained on typeset digits names what was asked for."
+@pytest.mark.parametrize('source, share, worst', [('names_g2', .95, .85), ('if_g2', .9, .75), ('muse_g2', .9, .75)])
+def test_the_embedded_models_draw_what_they_are_asked_for(source, share, worst):
+    "The requirement on the three models, on the committed results: the judge trained on typeset digits names what was asked for."
     q = pd.read_csv(ROOT/'results'/'quality.csv')
-    q = q[(q.source == 'names_g2') & (q.metric == 'recognized_concept')].set_index('class').value
-    assert q['all'] >= .95 and q.drop('all').min() > .85 and len(q) == 11
+    q = q[(q.source == source) & (q.metric == 'recognized_concept')].set_index('class').value
+    assert q['all'] >= share and q.drop('all').min() > worst and len(q) == 11

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from conftest import ROOT, load
 from synthscale.run import main
-from synthscale.study import Params, StudyError, derive_seed, parse_params, read_yaml
+from synthscale.study import Params, StudyError, _fields_at, derive_seed, parse_params, read_yaml
 
 GOOD = load(ROOT/'params.yaml')
 
 def sections(d, path=()):
     "Paths of the dicts in params.yaml whose keys are fixed (not names that the user gives)."
-    if path not in [('models',), ('judges',), ('prompts', 'words'), ('prompts', 'words', 'description'), ('prompts', 'sets'), ('generate', 'sources'), ('laws', 'choices'), ('data', 'sets'), ('quality', 'sources'), ('classify', 'curves'), ('laws', 'fit_range'), ('laws', 'x'),
+    if path not in [('models',), ('judges',), ('prompts', 'words'), ('prompts', 'words', 'description'), ('prompts', 'sets'), ('generate', 'sources'), ('filters',), ('laws', 'choices'), ('data', 'sets'), ('quality', 'sources'), ('classify', 'curves'), ('laws', 'fit_range'), ('laws', 'x'),
                     ('report', 'labels'), ('classify', 'arch', 'kwargs')] and path[-1:] not in [('splits',), ('fill',)]: yield path
     for k, v in d.items():
         if isinstance(v, dict): yield from sections(v, (*path, k))
@@ -30,7 +30,7 @@ def test_the_embedded_study_is_valid(): assert parse_params(GOOD).study.name == 
 @given(st.sampled_from(list(sections(GOOD))), st.text('abcdefghijklmnop_', min_size=3, max_size=12))
 @settings(max_examples=150, deadline=None)
 def test_an_unknown_key_anywhere_is_named(path, key):
-    if key in at(GOOD, path) or key in ('x', 'mixing', 'labels', 'samples', 'compare', 'metric', 'split', 'kwargs', 'shard_size', 'real_share', 'grids', 'factors', 'choices', 'words', 'fill', 'by_class', 'templates'): return
+    if key in at(GOOD, path) or key in _fields_at(path, at(GOOD, path).get('kind')): return
     m = message(lambda d: at(d, path).update({key: 1}))
     assert f"unknown key '{'.'.join((*path, key))}'" in m
 
@@ -42,7 +42,7 @@ def test_a_wrong_type_anywhere_is_named(path, data):
     assert key in m
 
 @pytest.mark.parametrize('change, words', [
-    (lambda d: d['classify']['curves']['typeset'].update(synthetic='typest'), "classify.curves.typeset.synthetic is 'typest': no such set under data.sets or generate.sources (did you mean 'typeset'?)"),
+    (lambda d: d['classify']['curves']['typeset'].update(synthetic='typest'), "classify.curves.typeset.synthetic is 'typest': no such set under data.sets, generate.sources or filters (did you mean 'typeset'?)"),
     (lambda d: d['quality']['sources']['real'].update(set='digit'), "quality.sources.real.set is 'digit'"),
     (lambda d: d['quality'].update(real_judge='judge_rael'), "did you mean 'judge_real'?"),
     (lambda d: d['laws']['fit_range'].update(reel=[1, 2]), "no such curve under classify.curves (did you mean 'real'?)"),

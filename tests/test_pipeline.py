@@ -85,19 +85,11 @@ def test_a_clone_pulls_everything_with_no_network(repo):
     assert ran(out) == set() and 'up to date' in out
     assert sh('git status --porcelain', clone) == ''
 
-def test_two_runs_from_nothing_give_the_same_tables(finished, tmp_path):
-    d = tmp_path/'again'
-    sh(f'git clone -q {finished} {d}', tmp_path)
-    sh('git rm -qr results figures dvc.lock && dvc pull -q data.dvc', d)
-    assert 'classify@real' in ran(sh('dvc repro --no-run-cache', d))
-    assert tables(d) == tables(finished)
-    assert (d/'results'/'headline.json').read_bytes() == (finished/'results'/'headline.json').read_bytes()
-    for p in ('runs/classify/real.ipynb', 'runs/laws/laws.ipynb', 'sets/typeset/manifest.parquet'): assert (d/p).read_bytes() == (finished/p).read_bytes()
-
 def test_sigkill_at_any_moment_then_repro_finishes(repo):
-    "Seven kills of dvc alone, as a person or an OOM killer does it; its children must end by themselves, and the tables are those of an uninterrupted run."
+    "From nothing, with seven kills of dvc alone, as a person or an OOM killer does it: its children must end by themselves, and tables, notebooks and sets are those of an uninterrupted run."
     want = tables(repo)
-    sh('rm -rf build/points build/models runs/classify runs/prompts sets/typeset sets/names_g2 models judges results .dvc/cache/runs dvc.lock', repo)
+    same = {f: (repo/f).read_bytes() for f in ('results/headline.json', 'runs/classify/real.ipynb', 'runs/laws/laws.ipynb', 'sets/typeset/manifest.parquet', 'sets/names_g2/manifest.parquet')}
+    sh('rm -rf build runs sets models judges results figures .dvc/cache/runs dvc.lock', repo)
     rng = random.Random(0)
     for k in range(7):
         p = subprocess.Popen([sys.executable, '-m', 'dvc', 'repro', '--no-run-cache'], cwd=repo, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -109,8 +101,9 @@ def test_sigkill_at_any_moment_then_repro_finishes(repo):
         assert not [a for a in alive if a.is_running() and a.status() != psutil.STATUS_ZOMBIE], 'somebody outlived the run'
         assert len(list((repo/'build').glob('points/*/*.json'))) >= before
         for f in (repo/'build').glob('points/*/*.json'): json.loads(f.read_text())
-    sh('dvc repro --no-run-cache', repo)
+    assert 'report' in ran(sh('dvc repro --no-run-cache', repo))
     assert tables(repo) == want
+    for f, data in same.items(): assert (repo/f).read_bytes() == data, f
 
 def test_a_killed_worker_stops_the_stage_and_loses_nothing(repo):
     want = tables(repo)
@@ -194,7 +187,8 @@ def own_study(repo, tmp_path):
         p['study'] = dict(name='mine', seed=1, classes=['cat', 'dog'])
         p['data'] |= dict(image_size=12, channels=3)
         p['data']['sets'] = {k: dict(kind='imagefolder', input=str(tmp_path/'images'/k)) for k in ('photos', 'generated')}
-        p['models'], p['prompts'], p['generate'] = {}, dict(sets={}), dict(steps=12, batch_size=250, sources={})
+        p['models'], p['prompts'], p['generate'] = {}, dict(sets={}), dict(load(ROOT/'params.yaml')['generate'], sources={})
+        p['filters'] = {}
         p['judges'] = dict(judge_real=dict(set='photos', n_images=20), judge_concept=dict(set='generated', n_images=20))
         p['quality']['sources'] = dict(generated=dict(set='generated', n_images=20))
         p['classify']['eval'] = dict(set='photos', validation='val', tests=['test'])
@@ -228,18 +222,18 @@ def test_classify_on_your_own_shards(repo, tmp_path):
 
 def test_metrics_plots_and_experiments_across_commits(repo):
     sh('git tag before', repo)
-    out = sh('dvc exp run -S classify.recipe.lr=0.01 -n faster 2>&1', repo)
-    assert 'classify@real' in ran(out) and 'data@typeset' not in ran(out)
-    sh('git add -A && git commit -qm faster', repo)
+    out = sh('dvc exp run -S classify.curves.real.seeds=3 -n third 2>&1', repo)
+    assert {'classify@real', 'report'} <= ran(out) and 'classify@typeset' not in ran(out)
+    sh('git add -A && git commit -qm third', repo)
     diff = json.loads(sh('dvc metrics diff before --json', repo))
     assert any('k.real.test.k' in k for f in diff.get('diff', diff).values() for k in f.get('data', f))
     page = sh('dvc plots diff before', repo)
     html = (repo/'dvc_plots'/'index.html').read_text()
     assert 'file://' in page and 'test_set' in html and html.count('typeset') > 4
     assert 'before' in html and 'workspace' in html
-    assert 'faster' in sh('dvc exp show --csv -A', repo)
+    assert 'third' in sh('dvc exp show --csv -A', repo)
     shown = sh('dvc params diff before', repo)
-    assert 'classify.recipe.lr' in shown and '0.01' in shown
+    assert 'classify.curves.real.seeds' in shown and '3' in shown
 
 def test_an_experiment_in_a_temporary_copy_runs_the_copys_code(repo):
     out = sh('dvc exp run --temp -S laws.fit_range.real=[20,40] -n temp', repo)
@@ -255,7 +249,7 @@ def test_a_study_of_its_own(repo):
     sh('dvc add -q data && dvc remote add -q -d store store', d)
     def less(p):
         "one seed, and no generator: without sources there is no stage that draws"
-        p['models'], p['generate']['sources'], p['prompts']['sets'] = {}, {}, {}
+        p['models'], p['generate']['sources'], p['filters'], p['prompts']['sets'] = {}, {}, {}, {}
         p['classify']['curves'] = {k: p['classify']['curves'][k] | {'seeds': 1} for k in ('real', 'typeset')}
         p['quality']['sources'] = {'real': p['quality']['sources']['real']}
         p['laws'] |= dict(fit_range=dict(real=[20, 80], typeset=[20, 80]), compare=[['real', 'typeset']], choices={})

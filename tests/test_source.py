@@ -58,7 +58,7 @@ def test_every_parameter_is_a_dependency():
     for spec in PIPELINE.values():
         for p in spec.get('do', spec).get('params', []): tracked.add(p.replace('${key}', '*'))
     def leaves(d, path=()):
-        for k, v in d.items(): yield from leaves(v, (*path, k)) if isinstance(v, dict) and v else [(*path, k)]
+        for k, v in d.items(): yield from leaves(v, (*path, k)) if isinstance(v, dict) else [(*path, k)]
     def covered(path):
         return any(len(t := p.split('.')) <= len(path) and all(a in ('*', b) for a, b in zip(t, path)) for p in tracked)
     assert [p for p in leaves(params) if p != ('root',) and not covered(p)] == []
