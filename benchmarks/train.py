@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np, timm, timm.data, timm.loss, torch
 from importlib.metadata import version
 from PIL import Image
-from synthscale.trainer import Arch, Recipe, create_net, create_optimizer, losses, scaled, train_net
+from synthscale.study import Arch, Recipe
+from synthscale.train import create_net, create_optimizer, losses, scaled, train_net
 
 VERSIONS = {k: version(k) for k in ('torch', 'torchvision', 'timm', 'accelerate')} | {'python': sys.version.split()[0]}
 
@@ -30,7 +31,7 @@ def files(folder, n, size=32):
 
 def ours(x, y, r, steps):
     "Images a second of train_net; what comes before the first step is left out, as it is on the other sides."
-    import synthscale.trainer as t
+    import synthscale.train as t
     began, real = [], t.losses
     def timed(*a):
         if len(began) < 2: began.append(time.perf_counter())

@@ -4,31 +4,35 @@
 
 # %% ../nbs/06_classify.ipynb #11e03a90
 from __future__ import annotations
-import functools, hashlib, json, os
+import functools, hashlib, json, os, shutil
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 from joblib import Parallel, cpu_count, delayed
 from tqdm import tqdm
-from .data import check_subset, load_set, read_manifest, subset
-from .study import CurveSpec, Study, StudyError, derive_seed, die_with_parent, file_sha256, nearest, write_atomic, write_csv
+from .shards import check_subset, join, load_set, read_manifest, subset
+from .study import METRICS, CurveSpec, Study, StudyError, derive_seed, die_with_parent, file_sha256, nearest, write_atomic, write_csv
 
 # %% auto #0
-__all__ = ['KEYS', 'Point', 'curve_points', 'code_sha', 'versions', 'training_images', 'point_config', 'order_seeds', 'run_point',
-           'check_curve', 'run_points', 'point_rows', 'class_rows', 'compute_check', 'run_curve']
+__all__ = ['MEMORY', 'KEYS', 'Point', 'curve_points', 'code_sha', 'versions', 'split_of', 'training_images', 'point_config',
+           'order_seeds', 'run_point', 'check_curve', 'usable_processes', 'run_points', 'some_points', 'point_rows',
+           'class_rows', 'compute_check', 'run_curve']
 
 # %% ../nbs/06_classify.ipynb #4637d920
 @dataclass(frozen=True)
 class Point:
-    "One training run: which images, which seed, and how many times the rule's samples."
+    "One training run: which images, which recipe, which seed, and how many times the rule's samples."
+    recipe: str
     real: str
     synthetic: str
     n_real: int
     n_synthetic: int
     seed: int
     times: int = 1     # 2: trained twice as long, for the compute check
-    real_share: float = None   # of the images shown, where both kinds are there
+    real_share: float = None       # of every batch, where both kinds are there
+    synthetic_weight: float = 1.   # of a synthetic image's loss, where both kinds are there
     @property
     def n_images(self): return self.n_real+self.n_synthetic
     @property
@@ -36,12 +40,13 @@ class Point:
         names = [s for s, n in ((self.real, self.n_real), (self.synthetic, self.n_synthetic)) if n]
         return '+'.join(names)
 
-def curve_points(c: CurveSpec   # the curve
+def curve_points(c: CurveSpec,              # the curve
+                 compute_seeds: int = None  # seeds that the compute check is made with; None: all
                 ) -> list:
     "The points of a curve, then those of its compute check: both ends, trained twice as long."
-    at = lambda size, seed, times: Point(c.real, c.synthetic, *size, seed, times, c.real_share if all(size) else None)
+    at = lambda size, seed, times: Point(c.recipe, c.real, c.synthetic, *size, seed, times, *((c.real_share, c.synthetic_weight) if all(size) else ()))
     ends = dict.fromkeys([c.sizes[0], c.sizes[-1]])
-    return [at(s, k, 1) for s in c.sizes for k in range(c.seeds)] + [at(s, k, 2) for s in ends for k in range(c.seeds)]
+    return [at(s, k, 1) for s in c.sizes for k in range(c.seeds_at(s))] + [at(s, k, 2) for s in ends for k in range(min(c.seeds_at(s), compute_seeds or c.seeds))]
 
 # %% ../nbs/06_classify.ipynb #d4953f60
 def code_sha() -> str:
@@ -54,24 +59,36 @@ def versions() -> dict:
     from importlib.metadata import version
     return {p: version(p) for p in ('torch', 'timm', 'numpy')}
 
-@functools.lru_cache(maxsize=8)
-def _split(folder, split):
-    "A split of a set, read once a process."
-    return load_set(folder, split)
+MEMORY = .25     # share of the free memory that the decoded images of one split may take, divided by the workers; more stays in its shards
 
-def training_images(study_dir,           # the study's folder
-                    point: Point,        # which run
-                    order_seeds: tuple,  # seeds of the two slots' orders
-                    n_classes: int       # classes of the study
-                   ):
-    "The images, labels and hashes that a point is trained on: nested subsets of its slots."
+@functools.lru_cache(maxsize=8)
+def _split(folder, split, size, channels):
+    "A split of a set, read once a process; left in its shards if it is too large for memory."
+    import psutil
+    m = read_manifest(folder)
+    n = int((m.split == split).sum())
+    lazy = n*size**2*channels > MEMORY*psutil.virtual_memory().available/cpu_count() and not m.shard.str.endswith('.gz').any()
+    return load_set(folder, split, lazy=lazy)
+
+def split_of(study: Study,  # the study
+             name: str,     # of a set
+             split: str     # of its images
+            ):              # ImageSet
+    "The images of a split, in memory if there is room."
+    return _split(str(study.set_dir(name)), split, study.data.image_size, study.data.channels)
+
+def training_images(study: Study,        # the study
+                    point: Point         # which run
+                   ):                    # images, labels, hashes, keys
+    "What a point is trained on: nested subsets of its slots, the real one first."
     parts = []
-    for name, n, seed in zip((point.real, point.synthetic), (point.n_real, point.n_synthetic), order_seeds):
+    for name, n, seed in zip((point.real, point.synthetic), (point.n_real, point.n_synthetic), order_seeds(study, point)):
         if not n: continue
-        s = _split(str(Path(study_dir)/'sets'/name), 'train')
-        i = subset(s, n, seed, n_classes)
-        parts.append((s.images[i], s.labels[i], s.manifest.sha256.to_numpy()[i]))
-    return tuple(np.concatenate(p) for p in zip(*parts))
+        s = split_of(study, name, 'train')
+        i = subset(s, n, seed, len(study.study.classes))
+        parts.append((s.images[i], s.labels[i], s.manifest.sha256.to_numpy()[i], (name+':'+s.manifest.key).to_numpy()[i]))
+    images, *rest = zip(*parts)
+    return (join(images), *map(np.concatenate, rest))
 
 def _digest(obj) -> str:
     return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()
@@ -81,11 +98,11 @@ def point_config(study: Study,  # the study
                  hashes         # of the training images, in order
                 ) -> dict:
     "Everything that decides a point's numbers."
-    c, e = study.classify, study.classify.eval
-    tests = {k: _digest(_split(str(study.set_dir(e.set)), k).manifest.sha256.tolist()) for k in (e.validation, *e.tests)}
-    return dict(images=_digest(list(hashes)), n_images=point.n_images, tests=tests, classes=study.study.classes, arch=c.arch.model_dump(),
-                recipe=c.recipe.model_dump(), samples_seen=c.recipe.samples_seen(point.n_images)*point.times,
-                seed=derive_seed(study.study.seed, 'point', point.seed), mix=[point.n_real if point.real_share else 0, point.real_share], code=code_sha(), versions=versions())
+    c, e, recipe = study.classify, study.classify.eval, study.recipes[point.recipe]
+    tests = {k: _digest(split_of(study, e.set_of(k), k).manifest.sha256.tolist()) for k in e.every}
+    mix = dict(counts=[point.n_real, point.n_synthetic], shares=[point.real_share, 1-point.real_share] if point.real_share else None, weights=[1., point.synthetic_weight]) if point.real_share or point.synthetic_weight != 1 else {}
+    return dict(images=_digest(list(hashes)), n_images=point.n_images, tests=tests, within=list(e.within), classes=study.study.classes, recipe=recipe.model_dump(exclude={'origin'}), samples_seen=recipe.samples_seen(point.n_images)*point.times,
+                seed=derive_seed(study.study.seed, 'point', point.seed), mix=mix, checkpoints=c.checkpoints, code=code_sha(), versions=versions())
 
 def order_seeds(study: Study,  # the study
                 point: Point   # which run
@@ -98,31 +115,53 @@ def run_point(study_dir: str,  # the study's folder
               point: Point     # which run
              ) -> dict:
     "Train and measure one point, or read it from the cache build/points; returns its record."
-    study, e = _study(str(study_dir)), _study(str(study_dir)).classify.eval
-    x, y, hashes = training_images(study.dir, point, order_seeds(study, point), len(study.study.classes))
+    study = _study(str(study_dir))
+    e, recipe = study.classify.eval, study.recipes[point.recipe]
+    x, y, hashes, keys = training_images(study, point)
     config = point_config(study, point, hashes)
     key = _digest(config)
-    path = study.path('build', 'points', key[:2], f'{key}.json')
+    path, weights = study.path('build', 'points', key[:2], f'{key}.json'), study.path('build', 'weights', key)
     if path.exists():
         record = json.loads(path.read_text())
         if record.get('config') == config: return record | {'cached': True}
     import torch
-    from synthscale.train import train_and_measure
-    torch.set_num_threads(1)
-    tests = {k: (s.images, s.labels) for k in (e.validation, *e.tests) for s in [_split(str(study.set_dir(e.set)), k)]}
-    try: result = train_and_measure(x, y, tests, study.classify.arch, study.classify.recipe, len(study.study.classes), config['samples_seen'], config['seed'], tuple(config['mix']))
-    except FloatingPointError as err: raise StudyError(f"point {point}: {err}; try a lower classify.recipe.lr") from None
+    from synthscale.train import Mix, NotFinite, accelerator, train_and_measure
+    if not torch.cuda.is_available(): torch.set_num_threads(1)
+    tests = {k: (s.images, s.labels) for k in e.every for s in [split_of(study, e.set_of(k), k)]}
+    acc = accelerator(recipe)
+    weights.mkdir(parents=True, exist_ok=True)
+    try: result = train_and_measure(x, y, tests, recipe, len(study.study.classes), config['samples_seen'], config['seed'], Mix(**{k: tuple(v) if v else None for k, v in config['mix'].items()}), e.within, config['checkpoints'], weights, acc)
+    except NotFinite as err:
+        some = ', '.join(keys[err.positions[:3]])
+        raise StudyError(f"{err}{f' (images {some} and {len(err.positions)-3} more)' if some else ''}; try a lower recipes.{point.recipe}.optimizer.lr") from None
     record = dict(key=key, config=config, tests=result)
-    write_atomic(path, json.dumps(record, sort_keys=True))
+    if acc.is_main_process:
+        write_atomic(path, json.dumps(record, sort_keys=True))
+        (weights/'state.safetensors').unlink(missing_ok=True)
+        if not config['checkpoints']: shutil.rmtree(weights, ignore_errors=True)
     return record
 
 @functools.lru_cache(maxsize=2)
 def _study(folder): return Study(folder)
 
+@functools.cache
+def _own_gpu():
+    "Where there are several GPUs, one that no other worker of this machine has; held until the process ends."
+    import tempfile, torch
+    for k in range(n := torch.cuda.device_count()):
+        lock = FileLock(f'{tempfile.gettempdir()}/synthscale-gpu{k}.lock')
+        try: lock.acquire(timeout=0)
+        except Timeout: continue
+        torch.cuda.set_device(k)
+        return lock
+    if n: raise StudyError(f"all {n} GPUs are taken by other runs (locks {tempfile.gettempdir()}/synthscale-gpu*.lock)")
+
 def _worker(study_dir, point: tuple, parent: int):
     "run_point in a worker process, which ends with its parent; errors come back as values."
     if os.getpid() != parent: die_with_parent()
-    try: return point, run_point(study_dir, Point(*point))
+    try:
+        _own_gpu()
+        return point, run_point(study_dir, Point(*point))
     except Exception as e: return point, e
 
 # %% ../nbs/06_classify.ipynb #4c4b7360
@@ -132,11 +171,12 @@ def check_curve(study: Study,  # the study
     "Whether the sets can give what a curve asks for, and whether training and test images are apart."
     curves = study.classify.curves
     if name not in curves: raise StudyError(f"no curve {name!r} under classify.curves{nearest(name, curves)}")
-    c, e = curves[name], study.classify.eval
-    tested = read_manifest(study.set_dir(e.set))
-    for split in (e.validation, *e.tests):
-        if split not in set(tested.split): raise StudyError(f"classify.eval: set {e.set!r} has no split {split!r}{nearest(split, set(tested.split))}")
-    tested = tested[tested.split.isin([e.validation, *e.tests])]
+    c, e, tested = curves[name], study.classify.eval, []
+    for split in e.every:
+        m = read_manifest(study.set_dir(e.set_of(split)))
+        if split not in set(m.split): raise StudyError(f"classify.eval: set {e.set_of(split)!r} has no split {split!r}{nearest(split, set(m.split))}")
+        tested.append(m[m.split == split])
+    hashes = set(pd.concat(tested).sha256)
     for slot in ('real', 'synthetic'):
         n = max(getattr(c, f'n_{slot}'))
         if not n: continue
@@ -144,55 +184,75 @@ def check_curve(study: Study,  # the study
         m = m[m.split == 'train']
         try: check_subset(getattr(c, slot), np.bincount(m.label, minlength=len(study.study.classes)), n)
         except StudyError as err: raise StudyError(f"classify.curves.{name}.n_{slot}: {err}") from None
-        leak = m[m.sha256.isin(set(tested.sha256))]
+        leak = m[m.sha256.isin(hashes)]
         if len(leak): raise StudyError(f"set {getattr(c, slot)!r}: {len(leak)} training images are also test images, e.g. {leak.key.iloc[0]}")
     return c
 
+def usable_processes(wanted: int     # 0: one a GPU, or a core
+                    ) -> int:
+    "How many points to train at a time."
+    if wanted: return wanted
+    import torch
+    return torch.cuda.device_count() or cpu_count()
+
 def run_points(study: Study,      # the study
                points: list,      # which runs
-               workers: int = 0   # processes; 0: one a core
+               workers: int = 0   # processes; 0: one a GPU, or a core
               ) -> dict:    # Point -> record
-    "Run points side by side; finished ones are kept whatever happens to the rest."
+    "Run points side by side; finished ones are kept whatever happens to the rest. Under torchrun all of its processes train one point after the other."
     from synthscale.classify import _worker as exported
-    todo = sorted(points, key=lambda p: -study.classify.recipe.samples_seen(p.n_images)*p.times)
-    jobs = Parallel(n_jobs=workers or cpu_count(), return_as='generator_unordered', pre_dispatch='2*n_jobs', batch_size=1)(
+    todo = sorted(points, key=lambda p: (-study.recipes[p.recipe].samples_seen(p.n_images)*p.times, astuple(p)[:7]))
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: jobs = ((astuple(p), run_point(study.dir, p)) for p in todo)
+    else: jobs = Parallel(n_jobs=usable_processes(workers), return_as='generator_unordered', pre_dispatch='2*n_jobs', batch_size=1)(
         delayed(_worker if workers == 1 else exported)(str(study.dir), astuple(p), os.getpid()) for p in todo)
     done, failed = {}, {}
-    bar = tqdm(jobs, total=len(todo), desc='points', unit='point')
+    bar = tqdm(jobs, total=len(todo), desc='points', unit='point', disable=os.environ.get('RANK', '0') != '0')
     for point, r in bar:
         (failed if isinstance(r, Exception) else done)[Point(*point)] = r
         bar.set_postfix(cached=sum(x.get('cached', False) for x in done.values()), failed=len(failed))
     if failed:
         p, e = next(iter(failed.items()))
-        raise StudyError(f"{len(failed)} of {len(todo)} points failed, the others are kept. First: {p}: {type(e).__name__}: {e}")
+        raise StudyError(f"{len(failed)} of {len(todo)} points failed, the others are kept. First: {p}: {e if isinstance(e, StudyError) else f'{type(e).__name__}: {e}'}")
     return done
 
+def some_points(study: Study,      # the study
+                name: str,         # under classify.curves
+                part: str = '',    # a:b, places in the list of the curve's points; empty: all
+                workers: int = 0   # processes; 0: one a GPU, or a core
+               ) -> tuple:         # points trained or found, points of the curve
+    "Train some points of a curve into the cache, for a job array or under torchrun; the stage then finds them."
+    points = curve_points(check_curve(study, name), study.classify.compute_seeds)
+    lo, colon, hi = part.partition(':')
+    try: chosen = points[int(lo or 0):int(hi or len(points)) if colon else int(lo or 0)+1] if part else points
+    except ValueError: raise StudyError(f"points {part!r}: expected a:b, places from a up to but without b") from None
+    if not chosen: raise StudyError(f"points {part!r}: curve {name!r} has {len(points)} points")
+    run_points(study, chosen, workers)
+    return len(chosen), len(points)
+
 # %% ../nbs/06_classify.ipynb #5335b3f0
-KEYS = ['study', 'task', 'curve', 'arch', 'source', 'n_images', 'n_real', 'n_synthetic', 'seed', 'test_set']
+KEYS = ['study', 'task', 'curve', 'recipe', 'arch', 'source', 'n_images', 'n_real', 'n_synthetic', 'seed', 'test_set']
 
 def point_rows(study: Study,  # the study
                curve: str,    # name of the curve
                p: Point,      # the point
                record: dict   # as run_point gives it
               ) -> list:
-    "The rows of one point: loss and top1 on every test set."
-    c = study.classify
-    base = dict(study=study.study.name, task='classify', curve=curve, arch=c.arch.name, source=p.source, n_images=p.n_images, n_real=p.n_real,
+    "The rows of one point: every metric on every test set, with the standard error that the number of test images leaves."
+    base = dict(study=study.study.name, task='classify', curve=curve, recipe=p.recipe, arch=study.recipes[p.recipe].arch.name, source=p.source, n_images=p.n_images, n_real=p.n_real,
                 n_synthetic=p.n_synthetic, seed=p.seed)
     tail = dict(samples_seen=record['config']['samples_seen'])
-    return [dict(base, test_set=t, metric=k, value=m[k], n_test=m['n_test'], **tail, point=record['key'][:12])
-            for t in (c.eval.validation, *c.eval.tests) for m in [record['tests'][t]] for k in ('loss', 'top1')]
+    return [dict(base, test_set=t, metric=k, value=m[k], stderr=m['stderr'].get(k), n_test=m['n_test'], **tail, point=record['key'][:12])
+            for t in study.classify.eval.every for m in [record['tests'][t]] for k in METRICS]
 
 def class_rows(study: Study,  # the study
                curve: str,    # name of the curve
                p: Point,      # the point
                record: dict   # as run_point gives it
               ) -> list:
-    "The per-class rows of one point: recall and loss."
-    e = study.classify.eval
+    "The per-class rows of one point: recall and loss of the classes that a test set has."
     return [dict(curve=curve, source=p.source, n_images=p.n_images, n_real=p.n_real, n_synthetic=p.n_synthetic, seed=p.seed, test_set=t, metric=k,
                  value=m[f'class_{k}'][i], n_test=m['class_n'][i]) | {'class': name}
-            for t in (e.validation, *e.tests) for m in [record['tests'][t]] for i, name in enumerate(study.study.classes) for k in ('recall', 'loss')]
+            for t in study.classify.eval.every for m in [record['tests'][t]] for i, name in enumerate(study.study.classes) if m['class_n'][i] for k in ('recall', 'loss')]
 
 def compute_check(study: Study,  # the study
                   curve: str,    # name of the curve
@@ -217,7 +277,7 @@ def run_curve(study: Study,      # the study
              ) -> pd.DataFrame:    # the rows of the curve
     "Train and measure a curve; writes curve.csv, per_class.parquet and compute_check.csv to runs/classify/NAME."
     c = check_curve(study, name)
-    points = curve_points(c)
+    points = curve_points(c, study.classify.compute_seeds)
     done = run_points(study, points, workers)
     once = [p for p in points if p.times == 1]
     df = pd.DataFrame([r for p in once for r in point_rows(study, name, p, done[p])])

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from tqdm import tqdm
-from .data import check_set, encode_png, read_manifest, read_shard, replace_folder, sample_grid
+from .shards import check_set, encode_png, read_manifest, read_shard, replace_folder, sample_grid
 from .study import Study, StudyError, atomic_file, file_sha256, link_or_copy, nearest, write_atomic
 from .train import load_net, logits
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-from .data import COLUMNS, check_set, encode_image, encode_png, read_manifest, replace_folder, sample_grid, tar_samples, write_shard
+from .shards import COLUMNS, check_set, encode_image, encode_png, read_manifest, replace_folder, sample_grid, tar_samples, write_shard
 from .pipelines import Painter, drawing, fit_images, known_sha256, model_origin
 from .prompts import read_prompts
 from .study import HopelessError, Study, StudyError, atomic_file, derive_seed, file_sha256, link_or_copy, nearest, write_atomic

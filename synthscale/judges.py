@@ -5,7 +5,7 @@
 # %% ../nbs/04a_judges.ipynb #8c01d290
 from __future__ import annotations
 import pandas as pd
-from .data import load_set, subset
+from .shards import load_set, subset
 from .study import Study, StudyError, derive_seed, nearest
 from .train import create_net, features, load_net, logits, measure, save_net, train_net
 
@@ -18,14 +18,15 @@ def build_judge(study: Study,  # the study
                ) -> pd.DataFrame:    # how it does on the other splits of its own set
     "Train one judge and save it to judges/NAME."
     if name not in study.judges: raise StudyError(f"no judge {name!r} under judges{nearest(name, study.judges)}")
-    spec, classes, c = study.judges[name], study.study.classes, study.classify
+    spec, classes = study.judges[name], study.study.classes
+    recipe = study.recipes[spec.recipe]
     s = load_set(study.set_dir(spec.set), spec.split)
     i = subset(s, spec.n_images, derive_seed(study.study.seed, 'order', spec.set, 0), len(classes))
     seed = derive_seed(study.study.seed, 'model', name)
-    net = create_net(c.arch, len(classes), study.data.channels, derive_seed(seed, 'init'))
-    train_net(net, s.images[i], s.labels[i], c.recipe, c.recipe.samples_seen(len(i)), derive_seed(seed, 'stream'))
+    net = create_net(recipe.arch, len(classes), study.data.channels, derive_seed(seed, 'init'))
+    train_net(net, s.images[i], s.labels[i], recipe, recipe.samples_seen(len(i)), derive_seed(seed, 'stream'), n_classes=len(classes))
     note = dict(set=spec.set, split=spec.split, n_images=spec.n_images, feature_std=features(net, s.images[i]).std(0).round(6).tolist())
-    save_net(study.path('judges', name), net, c.arch, classes, study.data.channels, note)
+    save_net(study.path('judges', name), net.cpu(), recipe.arch, classes, study.data.channels, note)
     return judge_card(study, name, net)
 
 def judge_card(study: Study,  # the study

@@ -283,6 +283,8 @@ def fit_study(study: Study   # the study
     "Write every table of this stage to results/; returns laws.csv."
     l, df = study.laws, read_curves(study.path('results', 'curves.csv'))
     laws, comparisons, worths = fit_table(df, l.fit_range, l.x, l.compare, l.metric)
+    others = {m: fit_table(df, l.fit_range, l.x, l.compare, m)[:2] for m in ('top1', 'loss_scaled')}      # a curve may differ in how wrong it is and in how sure
+    by_metric, compared = (pd.concat([t[k].assign(metric=m) for m, t in others.items()]) for k in (0, 1))
     loss = df[df.metric == l.metric]
     chosen = choice_table(loss, {k: (c.among, c.n_images, c.chosen) for k, c in l.choices.items()}, study.classify.eval.validation)
     n = with_n(loss, l.x)
@@ -291,6 +293,6 @@ def fit_study(study: Study   # the study
     quality = pd.read_csv(study.path('results', 'quality.csv')) if study.quality.sources else None
     source_of = {c: next((s for s, q in study.quality.sources.items() if q.set == study.classify.curves[c].synthetic), None) for c in l.fit_range}
     classes, related = class_tables(pd.read_parquet(study.path('results', 'per_class.parquet')), l.fit_range, l.x, quality, source_of)
-    for name, t in (('laws', laws), ('comparisons', comparisons), ('worth', worths), ('gains', mixing_gain(loss)), ('choices', chosen), ('forecasts', forecasts), ('findings', findings), ('exchange', exchange),
+    for name, t in (('laws', laws), ('laws_by_metric', by_metric), ('comparisons_by_metric', compared), ('comparisons', comparisons), ('worth', worths), ('gains', mixing_gain(loss)), ('choices', chosen), ('forecasts', forecasts), ('findings', findings), ('exchange', exchange),
                     ('crossovers', crossovers), ('mixtures', mixture_table(loss)), ('class_laws', classes), ('class_relations', related)): write_csv(study.path('results', f'{name}.csv'), t)
     return laws

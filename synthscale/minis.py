@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
-from .data import ImageSet
+from .shards import ImageSet
 from .pipelines import quiet
 from .study import MiniIFSpec, MiniMuseSpec, MiniSDSpec, StudyError, T5Spec, TextSpec, TransformerSpec, UnetSpec, VaeSpec, VqSpec, derive_seed, write_atomic
 

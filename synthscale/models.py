@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import safe_open
-from .data import load_set, replace_folder
+from .shards import load_set, replace_folder
 from .minis import MINIS
 from .pipelines import check_folder, folder_sha256, pipeline_class
 from .study import HubFiles, HubSpec, LocalSpec, Study, StudyError, derive_seed, file_sha256, link_or_copy, nearest, write_atomic

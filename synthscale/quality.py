@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from sklearn.metrics import f1_score
-from .data import load_set, subset
+from .shards import load_set, subset
 from .study import Study, StudyError, derive_seed, nearest, write_csv
 from .train import features, load_net, logits
 

@@ -370,7 +370,7 @@ def plot_table(means: pd.DataFrame,  # rows as in summary.csv
 def make_report(study: Study   # the study
                ) -> dict:
     "Write every figure to figures/, headline.json, factors.csv and the table that `dvc plots` draws to results/; returns the headline."
-    rep, tests = study.report, study.classify.eval.tests
+    rep, tests = study.report, study.classify.eval.tested
     means = with_n(_table(study, 'summary.csv'))
     laws, comparisons, worths, gains, forecasts, exchange, crossovers, mixtures = (_table(study, f'{n}.csv', ['curve']) for n in ('laws', 'comparisons', 'worth', 'gains', 'forecasts', 'exchange', 'crossovers', 'mixtures'))
     looks = style(list(dict.fromkeys([*rep.scaling, *rep.mixing, *study.classify.curves])), rep.labels)      # the curves of the headline figure get the first colours
@@ -443,19 +443,19 @@ def factor_figures(study: Study,            # the study
                   ):
     "Guidance, prompt sets, generators (where there are several) and quality, each a figure."
     e, labels = study.classify.eval, study.report.labels
-    fig, panels = axes(len(e.tests))
-    for ax, t in zip(panels, e.tests): plot_guidance(ax, factors, t, labels)
+    fig, panels = axes(len(e.tested))
+    for ax, t in zip(panels, e.tested): plot_guidance(ax, factors, t, labels)
     save(fig, figures/'guidance.png')
     fig, (ax,) = axes(width=5.6)
-    plot_prompt_sets(ax, factors, [e.validation, *e.tests], labels)
+    plot_prompt_sets(ax, factors, e.every, labels)
     save(fig, figures/'prompt_sets.png')
     if factors.groupby(['prompt_set', 'guidance_scale']).model.nunique().max() > 1:
-        fig, panels = axes(len(e.tests), width=4)
-        for ax, t in zip(panels, e.tests): plot_generators(ax, factors, t)
+        fig, panels = axes(len(e.tested), width=4)
+        for ax, t in zip(panels, e.tested): plot_generators(ax, factors, t)
         save(fig, figures/'generators.png')
     if factors.diversity.notna().any():
         fig, panels = axes(2)
-        for ax, judge in zip(panels, ('real', 'concept')): plot_quality(ax, factors, judge, e.tests[0])
+        for ax, judge in zip(panels, ('real', 'concept')): plot_quality(ax, factors, judge, e.tested[0])
         save(fig, figures/'quality.png')
 
 def sample_figure(study: Study,  # the study

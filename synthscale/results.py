@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy import stats
-from .study import Study, StudyError, nearest, write_csv
+from .study import METRICS, Study, StudyError, nearest, write_csv
 
 # %% auto #0
 __all__ = ['NEEDED', 'DEFAULTS', 'read_curves', 'check_curves', 'expected_rows', 'check_complete', 'prune', 'collect',
@@ -54,7 +54,7 @@ def expected_rows(study: Study   # the study
     e, rows = study.classify.eval, []
     for name, c in study.classify.curves.items():
         for r, s in c.sizes:
-            rows += [dict(curve=name, n_real=r, n_synthetic=s, seed=k, test_set=t, metric=m) for k in range(c.seeds) for t in (e.validation, *e.tests) for m in ('loss', 'top1')]
+            rows += [dict(curve=name, n_real=r, n_synthetic=s, seed=k, test_set=t, metric=m) for k in range(c.seeds_at((r, s))) for t in e.every for m in METRICS]
     return pd.DataFrame(rows)
 
 def check_complete(study: Study,      # the study
@@ -88,7 +88,7 @@ def collect(study: Study   # the study
     curves, sources = list(study.classify.curves), list(study.quality.sources)
     prune(study.path('runs', 'classify'), curves)
     prune(study.path('runs', 'quality'), sources)
-    prune(study.path('runs', 'data'), [*study.data.sets, *study.generate.sources, *study.filters])
+    prune(study.path('runs', 'data'), [*study.data.sets, *study.generate.sources, *study.filters, *study.unions])
     df = check_complete(study, pd.concat([_read(study, 'classify', n, 'curve.csv') for n in curves], ignore_index=True))
     check = pd.concat([_read(study, 'classify', n, 'compute_check.csv') for n in curves], ignore_index=True)
     out = study.path('results')

@@ -246,10 +246,12 @@ def package_root() -> Path:
     return Path(synthscale.__file__).resolve().parent.parent
 
 # %% ../nbs/00a_run.ipynb #8ab90980
-def readme_text(nb    # executed notebook
+def readme_text(nb,                             # executed notebook
+                made_from='nbs/index.ipynb',    # where it lies
+                command='synthscale readme'     # what makes it
                ) -> str:
     "Markdown of a notebook: prose as it is, code as a block unless it says `#| echo: false`, and what it displays."
-    parts = ['<!-- made from nbs/index.ipynb by `synthscale readme`: edit that notebook, not this file -->']
+    parts = [f'<!-- made from {made_from} by `{command}`: edit that notebook, not this file -->']
     for c in nb.cells:
         if c.cell_type == 'markdown': parts.append(c.source)
         elif c.cell_type == 'code' and not re.search(r'^#\| *hide', c.source, re.M):
@@ -275,10 +277,11 @@ def refresh(path    # a notebook in nbs/
     write_atomic(path, (nbformat.writes(nb, indent=1)+'\n').encode())
     return nb
 
-def readme(root='.'    # repository
+def readme(root='.'    # repository, or the folder of a study that has a findings.ipynb
           ) -> Path:
-    "Execute nbs/index.ipynb, keep its outputs in it, and write README.md from it."
+    "Execute nbs/index.ipynb (of a study: findings.ipynb), keep its outputs in it, and write README.md from it."
     root = repo_root(root)
+    if (own := root/'findings.ipynb').exists(): return write_atomic(root/'README.md', readme_text(refresh(own), own.name, f'synthscale readme --study studies/{root.name}'))
     return write_atomic(root/'README.md', readme_text(refresh(root/'nbs'/'index.ipynb')))
 
 # %% ../nbs/00a_run.ipynb #c40bcf40
@@ -329,16 +332,17 @@ def sources(study: Study,   # the study
     return int(len(bad) > 0 and not a.repair)
 
 SOURCES = ('plan', 'draw', 'verify')     # of generated sets
-TOOLS = ('readme', 'refresh', 'new-study', *SOURCES)     # commands that are no stage
+TOOLS = ('readme', 'refresh', 'new-study', 'train', *SOURCES)     # commands that are no stage
 
 def main(argv=None    # command line, without the program's name
         ) -> int:     # exit code
-    "synthscale STAGE [-p name value] | strip | plan [SOURCE] | draw SOURCE [--shards a:b] | verify [SOURCE] | readme | refresh NOTEBOOK | new-study FOLDER"
+    "synthscale STAGE [-p name value] | strip | plan [SOURCE] | draw SOURCE [--shards a:b] | verify [SOURCE] | train CURVE [--points a:b] | readme | refresh NOTEBOOK | new-study FOLDER"
     p = argparse.ArgumentParser('synthscale', description='Run one stage of a study, as dvc.yaml does.')
-    p.add_argument('stage', help="a stage (data, models, classify, ...), or: plan, draw, verify (generated sets), strip, readme, refresh, new-study")
-    p.add_argument('target', nargs='?', help='plan, draw, verify: a source; new-study: the folder to make; refresh: the notebook to execute')
+    p.add_argument('stage', help="a stage (data, models, classify, ...), or: plan, draw, verify (generated sets), train, strip, readme, refresh, new-study")
+    p.add_argument('target', nargs='?', help='plan, draw, verify: a source; train: a curve; new-study: the folder to make; refresh: the notebook to execute')
     p.add_argument('--shards', default='', help='draw: a:b, shard numbers from a up to but without b, for a job array (default: all)')
-    p.add_argument('--workers', type=int, default=0, help='draw, verify --repair: processes (default: one a GPU, or a core)')
+    p.add_argument('--points', default='', help='train: a:b, places in the list of the curve\'s points, for a job array (default: all)')
+    p.add_argument('--workers', type=int, default=0, help='draw, train, verify --repair: processes (default: one a GPU, or a core)')
     p.add_argument('--address', default='', help='draw, verify --repair: of a Ray cluster (default: RAY_ADDRESS, else this machine)')
     p.add_argument('--repair', action='store_true', help='verify: draw damaged shards again')
     p.add_argument('--no-measure', dest='measure', action='store_false', help='plan: draw nothing, so no hours')
@@ -348,12 +352,18 @@ def main(argv=None    # command line, without the program's name
     parent, given = os.getppid(), dict(a.p)
     if 'DVC_STAGE' in os.environ: die_with_parent()      # a run that a person started in the background may outlive the shell
     try:
-        if a.target and a.stage not in ('new-study', 'refresh', *SOURCES): raise StudyError(f"{a.stage} takes parameters as '-p NAME VALUE', not {a.target!r}")
+        if a.target and a.stage not in ('new-study', 'refresh', 'train', *SOURCES): raise StudyError(f"{a.stage} takes parameters as '-p NAME VALUE', not {a.target!r}")
         if a.stage == 'strip': strip(Study(a.study))
         elif a.stage == 'readme': readme(a.study)
         elif a.stage in ('new-study', 'refresh'):
             if not a.target: raise StudyError(f'{a.stage} needs a name, e.g. synthscale new-study studies/mine, synthscale refresh nbs/08_laws.ipynb')
             new_study(a.target) if a.stage == 'new-study' else refresh(a.target)
+        elif a.stage == 'train':
+            from synthscale.classify import some_points
+            study = Study(a.study)
+            if not a.target: raise StudyError(f"train needs a curve{nearest('', study.classify.curves)}")
+            n, of = some_points(study, a.target, a.points, a.workers)
+            print(f"{a.target}: {n} of {of} points are trained; 'dvc repro classify@{a.target}' makes the curve of them")
         elif a.stage in SOURCES: return sources(Study(a.study), a.target or '', a.stage, a)
         elif given.get('curves'): print(run_alone(a.stage, given))
         else: run_stage(a.stage, given, a.study)

@@ -77,23 +77,24 @@ def smoke_params() -> dict:
         'names_g2': dict(model='mini_sd', prompts='names', guidance_scale=2.0, n_images=120, steps=3),
         'styles_g1': dict(model='mini_sd', prompts='styles', guidance_scale=1.0, n_images=80, steps=3)})
     p['filters'] = dict(clear_g2=dict(set='names_g2', judge='judge_concept', min_confidence=0.01, duplicates='near'))
+    p['unions'] = dict(both=dict(first='typeset', second='digits', n_second=40))
     p['quality']['sources'] = dict(real=dict(set='digits', split='shift'), typeset=dict(set='typeset'), names_g2=dict(set='names_g2'), styles_g1=dict(set='styles_g1'))
     for s in p['quality']['sources'].values(): s['n_images'] = 60
-    p['classify']['recipe'] |= dict(samples_at_100=640, batch_size=32)
-    p['classify']['arch']['kwargs'] |= dict(dims=[8, 8, 16, 16])
+    p['recipes'] = {'convnext_digits': p['recipes']['convnext_digits'] | dict(samples_at_100=640, batch_size=32)}
+    p['recipes']['convnext_digits']['arch']['kwargs'] |= dict(dims=[8, 8, 16, 16])
     p['classify']['curves'] = {
-        'real': dict(real='digits', synthetic='digits', n_real=[20, 40, 80], n_synthetic=[0], seeds=2),
-        'typeset': dict(real='typeset', synthetic='typeset', n_real=[0], n_synthetic=[20, 40, 80], seeds=2),
-        'names_g2': dict(real='names_g2', synthetic='names_g2', n_real=[0], n_synthetic=[20, 40, 80], seeds=2),
-        'styles_g1': dict(real='styles_g1', synthetic='styles_g1', n_real=[0], n_synthetic=[20, 80], seeds=2),
-        'grid': dict(real='digits', synthetic='names_g2', n_real=[20, 50], n_synthetic=[0, 40], seeds=2, real_share=.5)}
+        'real': dict(recipe='convnext_digits', real='digits', synthetic='digits', n_real=[20, 40, 80], n_synthetic=[0], seeds=2),
+        'typeset': dict(recipe='convnext_digits', real='typeset', synthetic='typeset', n_real=[0], n_synthetic=[20, 40, 80], seeds=2),
+        'names_g2': dict(recipe='convnext_digits', real='names_g2', synthetic='names_g2', n_real=[0], n_synthetic=[20, 40, 80], seeds=2),
+        'styles_g1': dict(recipe='convnext_digits', real='styles_g1', synthetic='styles_g1', n_real=[0], n_synthetic=[20, 80], seeds=2),
+        'grid': dict(recipe='convnext_digits', real='digits', synthetic='names_g2', n_real=[20, 50], n_synthetic=[0, 40], seeds=2, real_share=.5)}
     p['laws'] |= dict(fit_range=dict(real=[20, 80], typeset=[20, 80], names_g2=[20, 80]), compare=[['real', 'typeset'], ['real', 'names_g2']], x={},
                       choices=dict(prompts=dict(among=['names_g2', 'styles_g1'], n_images=80, chosen='names_g2')))
     p['report'] |= dict(scaling=['real', 'names_g2', 'typeset'], mixing=['grid'], grids=['grid'], labels={}, samples=['digits', 'typeset', 'names_g2'], factors=80)
     return p
 
 @functools.cache
-def smoke_study(*stages    # of data, models, prompts, generate, judges, filters, quality, classify, results, laws: run them, in this order; 'all' stands for the first six
+def smoke_study(*stages    # of data, models, prompts, generate, judges, filters, unions, quality, classify, results, laws: run them, in this order; 'all' stands for the first seven
                ) -> str:   # the study's folder
     "Make the smoke study in a temporary folder and run the given stages in this process; once a process."
     from ruamel.yaml import YAML
@@ -107,7 +108,7 @@ def run_smoke(study: Study,  # the study
               stages         # names of stages, in order
              ):
     "Run stages of a small study one after the other, in this process."
-    stages = [s for x in stages for s in (('data', 'models', 'prompts', 'generate', 'judges', 'filters') if x == 'all' else (x,))]
+    stages = [s for x in stages for s in (('data', 'models', 'prompts', 'generate', 'judges', 'filters', 'unions') if x == 'all' else (x,))]
     for stage in stages:
         if stage == 'data':
             from synthscale.data import build_set
@@ -127,6 +128,9 @@ def run_smoke(study: Study,  # the study
         elif stage == 'filters':
             from synthscale.filters import filter_set
             for n in study.filters: filter_set(study, n)
+        elif stage == 'unions':
+            from synthscale.unions import union_set
+            for n in study.unions: union_set(study, n)
         elif stage == 'quality':
             from synthscale.quality import score_source
             for n in study.quality.sources: score_source(study, n)

@@ -13,13 +13,14 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 # %% auto #0
-__all__ = ['Ident', 'Key', 'Count', 'Positive', 'Rate', 'SetSpec', 'TrainedOn', 'ModelSpec', 'Section', 'StudyInfo', 'DigitsSpec',
-           'TypesetSpec', 'FolderSpec', 'ShardsSpec', 'DataSection', 'VaeSpec', 'TextSpec', 'UnetSpec', 'T5Spec',
-           'VqSpec', 'TransformerSpec', 'MiniSDSpec', 'MiniIFSpec', 'MiniMuseSpec', 'HubFiles', 'HubSpec', 'LocalSpec',
-           'JudgeSpec', 'PromptSet', 'PromptsSection', 'UpscaleSpec', 'SourceSpec', 'GenerateSection', 'FilterSpec',
-           'QualitySource', 'QualitySection', 'Arch', 'Recipe', 'EvalSpec', 'CurveSpec', 'ClassifySection',
-           'ChoiceSpec', 'LawsSection', 'ReportSection', 'Params', 'StudyError', 'HopelessError', 'nearest',
-           'read_yaml', 'parse_params', 'Study', 'repo_root', 'derive_seed', 'atomic_file', 'write_atomic',
+__all__ = ['Ident', 'Key', 'Count', 'Positive', 'Rate', 'SetSpec', 'TrainedOn', 'ModelSpec', 'METRICS', 'Section', 'StudyInfo',
+           'DigitsSpec', 'TypesetSpec', 'ImagesSpec', 'FolderSpec', 'FilesSpec', 'TilesSpec', 'HubImagesSpec',
+           'ShardsSpec', 'DataSection', 'VaeSpec', 'TextSpec', 'UnetSpec', 'T5Spec', 'VqSpec', 'TransformerSpec',
+           'MiniSDSpec', 'MiniIFSpec', 'MiniMuseSpec', 'HubFiles', 'HubSpec', 'LocalSpec', 'JudgeSpec', 'PromptSet',
+           'PromptsSection', 'UpscaleSpec', 'SourceSpec', 'GenerateSection', 'FilterSpec', 'UnionSpec', 'QualitySource',
+           'QualitySection', 'Arch', 'Optimizer', 'Schedule', 'Augment', 'Recipe', 'EvalSpec', 'CurveSpec',
+           'ClassifySection', 'ChoiceSpec', 'LawsSection', 'ReportSection', 'Params', 'StudyError', 'HopelessError',
+           'nearest', 'read_yaml', 'parse_params', 'Study', 'repo_root', 'derive_seed', 'atomic_file', 'write_atomic',
            'link_or_copy', 'file_sha256', 'write_csv', 'die_with_parent']
 
 # %% ../nbs/00_study.ipynb #d201d6f0
@@ -59,20 +60,56 @@ class TypesetSpec(Section):
     caption_incomplete: Rate = 0.3   # share of captions that leave the style out, as alt texts do
     caption_wrong: Rate = 0.03       # share of captions that name another class
 
-class FolderSpec(Section):
-    "Your own images, one folder a class (torchvision's ImageFolder layout), with or without train/val/test folders above."
-    kind: Literal['imagefolder']
-    input: str                       # SPLIT/CLASS/image or CLASS/image (then all are 'train')
+class ImagesSpec(Section):
+    "What images of your own have in common, whatever they come in: their splits and classes in the study's words, and what is left out."
+    input: str                       # under data.root
+    splits: dict[str, Union[Ident, None]] = {}     # split as the source calls it -> as the study calls it, null leaves it out; {}: as they are
+    classes: dict[str, Union[Ident, None]] = {}    # class as the source calls it -> a class of the study, null leaves it out; {}: the study's names, or numbers that count study.classes from 0
+    fewer_classes: bool = False      # a test set of some of the classes, as the 200 of ImageNet-R; otherwise a class that is missing is an error
+    hold_out: dict[Ident, Positive] = {}           # new split -> so many images, at random and class-balanced, out of `hold_out_from`
+    hold_out_from: Ident = 'train'
+    duplicates: Literal['keep', 'drop'] = 'keep'   # drop: an image whose pixels occurred before in the set, in whichever split
+    unreadable: Literal['error', 'skip'] = 'error' # what happens to a damaged image; runs/data/NAME/left_out.csv lists what was left out
+    border: Count = 0                # pixels cut from each side, as the red frame of ObjectNet
+
+class FolderSpec(ImagesSpec):
+    "One folder a class (torchvision's ImageFolder layout), with or without train/val/test folders above; a folder or a zip."
+    kind: Literal['imagefolder']     # SPLIT/CLASS/image or CLASS/image (then all are 'train')
+
+class FilesSpec(ImagesSpec):
+    "Images whose class, and split, stand in their names; a folder or a zip."
+    kind: Literal['files']
+    pattern: str                     # regular expression for the whole path inside `input`, with a group (?P<class>...) and, where there are splits, (?P<split>...); a group that is not there counts as ''. Other files are passed over
+
+class TilesSpec(ImagesSpec):
+    "Sheets of equal tiles, a sheet a class."
+    kind: Literal['tiles']
+    pattern: str                     # as for `files`
+    tile: Positive                   # pixels a side
+    gap: Count = 1                   # pixels around and between tiles
+    drop: str = ''                   # table of tiles inside `input` (class, tile_row, tile_col), of which some are left out
+    drop_column: str = ''            # its column that says which
+    drop_below: float = 0.0          # those with less
+
+class HubImagesSpec(ImagesSpec):
+    "An image set of the Hugging Face hub at one commit, read by its `datasets` library (pip install synthscale[hub]); a folder that is laid out like one will do, too."
+    kind: Literal['hub_images']
+    repo: str                        # OWNER/NAME, or a folder of parquet files under data.root
+    revision: str = ''               # the full commit hash, 40 hexadecimal digits; not for a folder
+    config: str = ''                 # the configuration, where the set has several
+    image: str = 'image'             # column of images
+    label: str = 'label'             # column of class numbers or names
 
 class ShardsSpec(Section):
     "Your own WebDataset tar shards: an image and a `cls` (index into study.classes, or a class name) for each key."
     kind: Literal['webdataset']
     input: str                       # folder with *.tar or *.tar.gz; SPLIT/*.tar gives splits, else all are 'train'
 
-SetSpec = Annotated[Union[DigitsSpec, TypesetSpec, FolderSpec, ShardsSpec], Field(discriminator='kind')]
+SetSpec = Annotated[Union[DigitsSpec, TypesetSpec, FolderSpec, FilesSpec, TilesSpec, HubImagesSpec, ShardsSpec], Field(discriminator='kind')]
 
 class DataSection(Section):
     "Every image set of the study, brought to one size and one form."
+    root: str                        # folder that the inputs of the sets lie in, seen from the study's folder
     image_size: Positive             # pixels a side, after ingestion
     channels: Literal[1, 3]          # grey or RGB
     shard_size: Positive = 4000      # images a shard
@@ -199,7 +236,8 @@ class JudgeSpec(Section):
     "A frozen classifier that judges images."
     set: Ident                       # the image set it is trained on
     split: Ident = 'train'
-    n_images: Positive               # first n of the class-balanced order of seed 0; classify.recipe says how long
+    n_images: Positive               # first n of the class-balanced order of seed 0
+    recipe: Ident                    # under recipes
 
 class PromptSet(Section):
     "What is asked of a generator: every template with every filling, for each class; or prompts written out for each class."
@@ -249,6 +287,13 @@ class FilterSpec(Section):
     duplicates: Literal['keep', 'exact', 'near'] = 'keep'      # what to leave out: images whose pixels, or whose rough shape, repeat an earlier image of the class
     near_bits: Count = 3             # near: at most so many of the 64 bits of the two difference hashes differ
 
+class UnionSpec(Section):
+    "The training images of two sets as one set; unions may be joined again."
+    first: Ident                     # a set of any kind
+    second: Ident
+    n_first: Union[Positive, None] = None      # class-balanced at random; null: all
+    n_second: Union[Positive, None] = None
+
 class QualitySource(Section):
     "A set whose images are judged."
     set: Ident
@@ -265,47 +310,101 @@ class Arch(Section):
     "A timm architecture; `kwargs` go to timm.create_model as they are."
     name: Ident
     kwargs: dict[str, Union[int, float, bool, str, list[int]]] = {}
+    stem: Literal['', 'cifar'] = ''  # cifar: a ResNet of timm begins with a 3x3 convolution of stride 1 and no pooling, as for 32x32 images (He et al. 2016, section 4.2)
+
+class Optimizer(Section):
+    "An optimizer of timm, by name (timm.optim.list_optimizers()); weight decay is on matrices and kernels, not on biases and norms, as timm has it."
+    name: Ident                      # adamw, sgd, lamb, ...
+    lr: Rate                         # peak learning rate
+    weight_decay: Rate
+    kwargs: dict[str, Union[bool, int, float, list[float]]] = {}       # betas, momentum, ...
+    clip: Rate = 0.0                 # largest norm of the gradient; 0: any
+
+class Schedule(Section):
+    "The learning rate over a run."
+    name: Literal['cosine', 'linear', 'constant'] = 'cosine'           # from the peak down to 0
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1                   # share of the steps that rise linearly to the peak
+
+class Augment(Section):
+    "How training images are varied. All but `transform` is done for a whole batch on the device."
+    affine: Rate = 0.0               # strength of random rotation, scale, shear and shift; 1: about 6 degrees, 8 %, 0.1, 3 %
+    flip: bool = False               # left and right
+    crop: Count = 0                  # pixels by which an image is padded (reflected) before a crop of its old size
+    mixup: Rate = 0.0                # alpha of timm's mixup (Zhang et al. 2018); 0: none
+    cutmix: Rate = 0.0               # alpha of timm's cutmix (Yun et al. 2019); with both, each batch takes one of them
+    transform: dict[str, Union[int, float, str, list[float]]] = {}     # keyword arguments of timm.data.create_transform, image by image on the CPU: auto_augment (RandAugment is rand-m9-mstd0.5-inc1), scale, hflip, re_prob, ...
 
 class Recipe(Section):
-    "How every point of the study is trained: one recipe, whatever the source or the size, so that curves differ by their data alone."
+    "How a point is trained: the same for every source and every size of a curve, so that curves differ by their data alone."
+    origin: str                      # where it comes from: a paper and its table, or the pilots that chose it
+    arch: Arch
+    input_size: Union[Positive, None] = None   # pixels a side that the network sees; null: data.image_size. Where it is smaller, tests are cropped at the centre
     samples_at_100: Positive         # images shown in training, repeats included, at 100 unique images
-    samples_power: Rate              # samples_seen = samples_at_100 * (n_images / 100) ** samples_power; 0: the same for every size
-    batch_size: Positive
-    lr: Rate                         # peak learning rate of AdamW; warm-up over a tenth of the steps, then a cosine to 0
-    weight_decay: Rate
-    label_smoothing: Rate = 0.0
-    augment: Rate = 0.0              # strength of random rotation, scale, shear and shift; 1: about 6 degrees, 8 %, 0.1, 3 %
+    samples_power: Rate              # samples_seen = samples_at_100 * (n_images / 100) ** samples_power. 0: the same for every size; 1: so many epochs (samples_at_100 / 100)
+    batch_size: Positive             # of all processes together
+    micro_batch: Union[Positive, None] = None  # images a pass of one process, whose gradients are added up to the batch; null: all of its part. For memory alone, unless the network has batch norm
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    loss: Literal['cross_entropy', 'binary'] = 'cross_entropy'         # binary: one yes or no for each class (Wightman et al. 2021)
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    augment: Augment = Augment()
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0                      # decay of the averaged weights that are measured (timm's ModelEmaV3 with warm-up); 0: the last weights
+    precision: Literal['no', 'bf16', 'fp16'] = 'no'                     # of arithmetic; weights stay in float32
 
     def samples_seen(self, n_images: int) -> int:
         "Images shown in training at this many unique images, in whole batches."
         return max(1, round(self.samples_at_100*(n_images/100)**self.samples_power/self.batch_size))*self.batch_size
 
+METRICS = ('loss', 'loss_scaled', 'top1', 'top5', 'ece')     # of every point on every split, see train
+
 class EvalSpec(Section):
     "What every point is measured on."
     set: Ident
-    validation: Ident                # the split that choices may look at
-    tests: Annotated[list[Ident], Field(min_length=1)]   # the splits that no choice looks at
+    validation: Ident                # the split that choices may look at; the temperature comes from it too
+    tests: list[Ident]               # the splits that no choice looks at
+    shift_set: Ident                 # another set with test images; where there is none, `set` again
+    shift_tests: list[Ident]         # its splits
+    within: list[Ident]              # splits on which only the classes that occur in them compete (200 of 1,000 in ImageNet-R and -A)
+
+    @property
+    def every(self) -> list[str]:
+        "The names of all splits, the validation split first."
+        return [self.validation, *self.tests, *self.shift_tests]
+    @property
+    def tested(self) -> list[str]:
+        "The names of the test splits."
+        return [*self.tests, *self.shift_tests]
+    def set_of(self, split: str) -> str:
+        "The set that a split belongs to."
+        return self.shift_set if split in self.shift_tests else self.set
 
 class CurveSpec(Section):
     "One curve, or a small grid: n_real x n_synthetic x seeds."
+    recipe: Ident                    # under recipes
     real: Ident
     synthetic: Ident
     n_real: Annotated[list[Count], Field(min_length=1)]
     n_synthetic: Annotated[list[Count], Field(min_length=1)]
     seeds: Positive
-    real_share: Union[Annotated[float, Field(gt=0, lt=1)], None] = None   # of the images shown, in points that have both; null: by count, every image as often
+    one_seed_above: Union[Positive, None] = None   # points of more images than this have the first seed alone
+    real_share: Union[Annotated[float, Field(gt=0, lt=1)], None] = None   # of the images of every batch, in points that have both; null: by count, every image as often
+    synthetic_weight: Annotated[float, Field(gt=0)] = 1.0                  # of a synthetic image's loss, where a real one's is 1, in points that have both
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
         "The (n_real, n_synthetic) pairs of the grid, smallest total first."
         return sorted({(r, s) for r in self.n_real for s in self.n_synthetic}, key=lambda p: (sum(p), p))
 
+    def seeds_at(self, size: tuple[int, int]) -> int:
+        "Seeds that a point of the grid is trained with."
+        return 1 if self.one_seed_above and sum(size) > self.one_seed_above else self.seeds
+
 class ClassifySection(Section):
     "Classifiers trained along curves."
-    arch: Arch
-    recipe: Recipe
     eval: EvalSpec
-    compute_tolerance: Rate = 0.03   # a curve end whose loss moves by more when the steps double is marked compute-limited
+    compute_tolerance: Rate          # a curve end whose loss moves by more when the steps double is marked compute-limited
+    compute_seeds: Positive          # of so many seeds, the first, both ends are trained again with the steps doubled
+    checkpoints: Count               # how often a point is validated while it trains; above 0 its best and its last weights are kept in build/weights
     curves: dict[Key, CurveSpec]
 
 class ChoiceSpec(Section):
@@ -339,8 +438,10 @@ class Params(Section):
     models: dict[Key, ModelSpec]
     prompts: PromptsSection
     generate: GenerateSection
+    recipes: dict[Key, Recipe]
     judges: dict[Key, JudgeSpec]
     filters: dict[Key, FilterSpec]   # {} for none
+    unions: dict[Key, UnionSpec]     # {} for none
     quality: QualitySection
     classify: ClassifySection
     laws: LawsSection
@@ -423,10 +524,11 @@ def _check_names(p: Params, file):
         if c in seen: raise StudyError(f"{file}: study.classes names {c!r} twice: each class needs its own name")
         seen.add(c)
     made, curves = p.generate.sources, p.classify.curves
-    sets, both = {**p.data.sets, **made, **p.filters}, 'set under data.sets, generate.sources or filters'
+    sets, both = {**p.data.sets, **made, **p.filters, **p.unions}, 'set under data.sets, generate.sources, filters or unions'
     for n in sets:
-        where = [k for k, there in (('data.sets', p.data.sets), ('generate.sources', made), ('filters', p.filters)) if n in there]
+        where = [k for k, there in (('data.sets', p.data.sets), ('generate.sources', made), ('filters', p.filters), ('unions', p.unions)) if n in there]
         if len(where) > 1: raise StudyError(f"{file}: {n!r} stands under {where[0]} and under {where[1]}: each image set needs its own name")
+    for n, s in p.data.sets.items(): _check_images(p, n, s, file)
     for n, m in p.models.items(): _check_model(p, n, m, file)
     for n, s in p.prompts.sets.items(): _check_prompts(p, n, s, file)
     for n, s in made.items():
@@ -440,13 +542,21 @@ def _check_names(p: Params, file):
         ref(f'filters.{n}.set', s.set, {**p.data.sets, **made}, 'set under data.sets or generate.sources')
         ref(f'filters.{n}.judge', s.judge, p.judges, 'judge under judges')
         if not s.min_confidence and s.duplicates == 'keep': raise StudyError(f"{file}: filters.{n} leaves nothing out: expected min_confidence above 0, or duplicates: exact or near")
-    for n, s in p.judges.items(): ref(f'judges.{n}.set', s.set, p.data.sets, 'set under data.sets')
+    for n, s in p.unions.items():
+        for slot in ('first', 'second'): ref(f'unions.{n}.{slot}', getattr(s, slot), [k for k in sets if k != n], both)
+        if s.first == s.second: raise StudyError(f"{file}: unions.{n} names {s.first!r} twice: expected two sets")
+    for n, s in p.judges.items():
+        ref(f'judges.{n}.set', s.set, p.data.sets, 'set under data.sets')
+        ref(f'judges.{n}.recipe', s.recipe, p.recipes, 'recipe under recipes')
     for k in ('real_judge', 'concept_judge'): ref(f'quality.{k}', getattr(p.quality, k), p.judges, 'judge under judges')
     for n, s in p.quality.sources.items(): ref(f'quality.sources.{n}.set', s.set, sets, both)
-    ref('classify.eval.set', p.classify.eval.set, p.data.sets, 'set under data.sets')
     e = p.classify.eval
-    if e.validation in e.tests: raise StudyError(f"{file}: classify.eval.validation is {e.validation!r}, which is also a test split: nothing may be chosen on a test set")
+    for k in ('set', 'shift_set'): ref(f'classify.eval.{k}', getattr(e, k), p.data.sets, 'set under data.sets')
+    if e.validation in (*e.tests, *e.shift_tests): raise StudyError(f"{file}: classify.eval.validation is {e.validation!r}, which is also a test split: nothing may be chosen on a test set")
+    if len({*e.every}) < len(e.every) or len(e.every) < 2: raise StudyError(f"{file}: classify.eval: expected one test split or more, each with a name of its own, found tests {e.tests} and shift_tests {e.shift_tests}")
+    for n in e.within: ref('classify.eval.within', n, e.every, 'split under classify.eval')
     for n, c in curves.items():
+        ref(f'classify.curves.{n}.recipe', c.recipe, p.recipes, 'recipe under recipes')
         for slot in ('real', 'synthetic'):
             name = getattr(c, slot)
             ref(f'classify.curves.{n}.{slot}', name, sets, both)
@@ -468,6 +578,23 @@ def _check_names(p: Params, file):
         for n in getattr(p.report, key): ref(f'report.{key}', n, curves, 'curve under classify.curves')
     for n in p.report.samples: ref('report.samples', n, sets, both)
     for n in p.report.labels: ref('report.labels', n, [*curves, *sets, *p.quality.sources, *p.prompts.sets], 'curve, set, source or prompt set')
+
+# %% ../nbs/00_study.ipynb #44b97863
+def _check_images(p, name, s, file):
+    "Maps of classes and splits name what exists, patterns have their groups, sets of the hub their commit."
+    if not isinstance(s, ImagesSpec): return
+    key = f'data.sets.{name}'
+    for a, b in s.classes.items():
+        if b is not None and b not in p.study.classes: raise StudyError(f"{file}: {key}.classes.{a} is {b!r}, which is no class of the study{nearest(b, p.study.classes)}")
+    if not s.fewer_classes and s.classes:
+        lost = [c for c in p.study.classes if c not in s.classes.values()]
+        if lost: raise StudyError(f"{file}: {key}.classes leads nothing to class {lost[0]!r} ({len(lost)} such classes): expected every class of the study, or fewer_classes: true for a test set of some of them")
+    if pattern := getattr(s, 'pattern', ''):
+        try: groups = re.compile(pattern).groupindex
+        except re.error as e: raise StudyError(f"{file}: {key}.pattern is {pattern!r}: not a regular expression ({e})") from None
+        if 'class' not in groups: raise StudyError(f"{file}: {key}.pattern is {pattern!r}: expected a group (?P<class>...)")
+    if isinstance(s, TilesSpec) and bool(s.drop) != bool(s.drop_column): raise StudyError(f"{file}: {key}: drop and drop_column belong together")
+    if isinstance(s, HubImagesSpec) and s.revision and not re.fullmatch('[0-9a-f]{40}', s.revision): raise StudyError(f"{file}: {key}.revision is {s.revision!r}: expected a full commit hash of 40 hexadecimal digits, because branches and tags move (the hub shows it under 'History')")
 
 # %% ../nbs/00_study.ipynb #ec28eca8
 def _check_model(p, name, m, file):
@@ -550,10 +677,10 @@ class Study:
         return self.dir.joinpath(*map(str, parts))
     def set_dir(self, name) -> Path:
         "Where the shards and the manifest of an image set lie."
-        known = [*self.data.sets, *self.generate.sources, *self.filters]
+        known = [*self.data.sets, *self.generate.sources, *self.filters, *self.unions]
         if name not in known: raise StudyError(f"no image set {name!r} in the study {self.study.name!r}{nearest(name, known)}")
         return self.path('sets', name)
-    def __repr__(self): return f"Study({self.study.name!r}: {len(self.data.sets)+len(self.generate.sources)+len(self.filters)} sets, {len(self.classify.curves)} curves)"
+    def __repr__(self): return f"Study({self.study.name!r}: {len(self.data.sets)+len(self.generate.sources)+len(self.filters)+len(self.unions)} sets, {len(self.classify.curves)} curves)"
 
 def _short(path):
     "A path as a person in the current folder would write it."

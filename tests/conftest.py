@@ -38,7 +38,7 @@ def repo_files():
     names = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0')
     return [n for n in names if n and (ROOT/n).is_file()]
 
-def copy_repo(to, skip=('remote/', 'results/', 'figures/', 'dvc.lock', 'data.dvc', 'LOG.md')):
+def copy_repo(to, skip=('remote/', 'studies/', 'results/', 'figures/', 'dvc.lock', 'data.dvc', 'LOG.md')):
     "The working tree's own files in a new folder."
     for n in repo_files():
         if n.startswith(skip): continue

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, psutil, pytest, torch
 from conftest import ROOT, copy_repo, dump, environment, load, sh
 from hypothesis import given, settings, strategies as st
-from synthscale.data import check_set, load_set, read_manifest, read_shard, replace_folder
+from synthscale.shards import check_set, load_set, read_manifest, read_shard, replace_folder
 from synthscale.filters import difference_hash, filter_set, pixel_hash, repeats
 from synthscale.generate import Painter, Source, assemble, draw_batch, draw_source, generate_source, images_there, recipe_differs, repair_source, shard_is_whole, source_plan, verify_source
 from synthscale.models import build_model, model_parts
@@ -25,7 +25,7 @@ def small(folder, **source):
     p = smoke_params()
     p['data'].update(shard_size=30)
     p['generate'].update(batch_size=12, sources={NAME: p['generate']['sources'][NAME] | dict(n_images=140) | source})
-    p['filters'], p['quality']['sources'], p['laws'], p['report'] = {}, {}, dict(fit_range={}), dict(scaling=[])
+    p['filters'], p['unions'], p['quality']['sources'], p['laws'], p['report'] = {}, {}, {}, dict(fit_range={}), dict(scaling=[])
     p['classify']['curves'] = {'real': p['classify']['curves']['real']}
     folder.mkdir(parents=True, exist_ok=True)
     dump(p, folder/'params.yaml')

@@ -11,7 +11,7 @@ GOOD = load(ROOT/'params.yaml')
 def sections(d, path=()):
     "Paths of the dicts in params.yaml whose keys are fixed (not names that the user gives)."
     if path not in [('models',), ('judges',), ('prompts', 'words'), ('prompts', 'words', 'description'), ('prompts', 'sets'), ('generate', 'sources'), ('filters',), ('laws', 'choices'), ('data', 'sets'), ('quality', 'sources'), ('classify', 'curves'), ('laws', 'fit_range'), ('laws', 'x'),
-                    ('report', 'labels'), ('classify', 'arch', 'kwargs')] and path[-1:] not in [('splits',), ('fill',)]: yield path
+                    ('report', 'labels'), ('recipes',), ('unions',)] and path[-1:] not in [('splits',), ('fill',), ('kwargs',), ('transform',)]: yield path
     for k, v in d.items():
         if isinstance(v, dict): yield from sections(v, (*path, k))
 
@@ -42,7 +42,7 @@ def test_a_wrong_type_anywhere_is_named(path, data):
     assert key in m
 
 @pytest.mark.parametrize('change, words', [
-    (lambda d: d['classify']['curves']['typeset'].update(synthetic='typest'), "classify.curves.typeset.synthetic is 'typest': no such set under data.sets, generate.sources or filters (did you mean 'typeset'?)"),
+    (lambda d: d['classify']['curves']['typeset'].update(synthetic='typest'), "classify.curves.typeset.synthetic is 'typest': no such set under data.sets, generate.sources, filters or unions (did you mean 'typeset'?)"),
     (lambda d: d['quality']['sources']['real'].update(set='digit'), "quality.sources.real.set is 'digit'"),
     (lambda d: d['quality'].update(real_judge='judge_rael'), "did you mean 'judge_real'?"),
     (lambda d: d['laws']['fit_range'].update(reel=[1, 2]), "no such curve under classify.curves (did you mean 'real'?)"),
@@ -52,9 +52,13 @@ def test_a_wrong_type_anywhere_is_named(path, data):
     (lambda d: d['study'].update(classes=['zero', 'one', 'zero']), "study.classes names 'zero' twice"),
     (lambda d: d['classify']['curves']['real'].update(n_real=[0]), 'a point without any image'),
     (lambda d: d['classify']['curves']['real'].update(n_real=[-10]), 'classify.curves.real.n_real.0'),
-    (lambda d: d['classify']['recipe'].update(lr='1e-3'), 'classify.recipe.lr'),
+    (lambda d: d['recipes']['convnext_digits']['optimizer'].update(lr='1e-3'), 'recipes.convnext_digits.optimizer.lr'),
     (lambda d: d['data']['sets'].update({'a/b': d['data']['sets']['digits']}), 'a/b'),
-    (lambda d: d['classify']['recipe'].pop('lr'), "key 'classify.recipe.lr' is missing"),
+    (lambda d: d['recipes']['convnext_digits']['optimizer'].pop('lr'), "key 'recipes.convnext_digits.optimizer.lr' is missing"),
+    (lambda d: d['classify']['eval'].update(shift_tests=['test']), 'each with a name of its own'),
+    (lambda d: d['classify']['eval'].update(within=['vale']), "classify.eval.within is 'vale': no such split under classify.eval (did you mean 'val'?)"),
+    (lambda d: d['classify']['eval'].update(shift_set='digit'), "classify.eval.shift_set is 'digit'"),
+    (lambda d: d['judges']['judge_real'].update(recipe='convnext'), "judges.judge_real.recipe is 'convnext': no such recipe under recipes"),
     (lambda d: d['prompts']['sets'].update(names={'templates': []}), 'prompts.sets.names is empty: expected either templates or by_class'),
     (lambda d: d['prompts']['sets'].update(names={'templates': ['{name}'], 'by_class': {'zero': ['0']}}), 'given twice, by templates and by_class'),
     (lambda d: d['prompts']['sets'].update(names={'by_class': {'zero': ['0'], 'one': []}}), "prompts.sets.names.by_class has no prompt for class 'one'"),
@@ -81,6 +85,10 @@ def test_a_wrong_type_anywhere_is_named(path, data):
     (lambda d: d['laws']['choices']['prompt_set'].update(n_images=4001), "laws.choices.prompt_set.n_images is 4001: curve 'names_g2' has no such size"),
     (lambda d: d['classify']['curves'].update({'g7.5': d['classify']['curves']['real']}), 'g7.5'),
     (lambda d: d['laws']['choices']['prompt_set'].update(chosen='real'), 'laws.choices.prompt_set.chosen'),
+    (lambda d: d['data']['sets'].update(hub=dict(kind='hub_images', input='build/nbs/01_data.ipynb', repo='a/b', revision='main')), "data.sets.hub.revision is 'main': expected a full commit hash"),
+    (lambda d: d['data']['sets'].update(s=dict(kind='tiles', input='x', pattern='(?P<class>.)', tile=8, drop='t.csv')), 'drop and drop_column belong together'),
+    (lambda d: d['unions'].update(u=dict(first='typeset', second='typeset')), "unions.u names 'typeset' twice"),
+    (lambda d: d['unions'].update(u=dict(first='u', second='typeset')), "unions.u.first is 'u': no such set"),
     (lambda d: d['data']['sets']['digits'].update(kind='uci'), "data.sets.digits.kind is 'uci'"),
 ])
 def test_what_cannot_be_is_named(change, words): assert words in message(change)

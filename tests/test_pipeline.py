@@ -46,7 +46,7 @@ def test_adding_a_guidance_scale_draws_it_alone(repo):
     def add(p):
         p['generate']['sources']['names_g4'] = {**p['generate']['sources']['names_g2'], 'guidance_scale': 4.0, 'n_images': 40}
         p['quality']['sources']['names_g4'] = {'set': 'names_g4', 'n_images': 40}
-        p['classify']['curves']['names_g4'] = {'real': 'names_g4', 'synthetic': 'names_g4', 'n_real': [0], 'n_synthetic': [20, 40], 'seeds': 2}
+        p['classify']['curves']['names_g4'] = {'recipe': 'convnext_digits', 'real': 'names_g4', 'synthetic': 'names_g4', 'n_real': [0], 'n_synthetic': [20, 40], 'seeds': 2}
     edit(repo, add)
     assert ran(sh('dvc repro', repo)) == {'strip', 'generate@names_g4', 'quality@names_g4', 'classify@names_g4', *AGGREGATES}
     factors = pd.read_csv(repo/'results'/'factors.csv')
@@ -59,7 +59,7 @@ def test_adding_a_source_runs_it_alone_and_removing_it_leaves_nothing(repo):
     def add(p):
         p['data']['sets']['plain'] = {**p['data']['sets']['typeset'], 'warp': 0.5}
         p['quality']['sources']['plain'] = {'set': 'plain', 'n_images': 40}
-        p['classify']['curves']['plain'] = {'real': 'plain', 'synthetic': 'plain', 'n_real': [0], 'n_synthetic': [20, 40], 'seeds': 2}
+        p['classify']['curves']['plain'] = {'recipe': 'convnext_digits', 'real': 'plain', 'synthetic': 'plain', 'n_real': [0], 'n_synthetic': [20, 40], 'seeds': 2}
     original = (repo/'params.yaml').read_bytes()
     edit(repo, add)
     assert ran(sh('dvc repro', repo)) == {'strip', 'data@plain', 'quality@plain', 'classify@plain', *AGGREGATES}
@@ -108,7 +108,7 @@ def test_sigkill_at_any_moment_then_repro_finishes(repo):
 def test_a_killed_worker_stops_the_stage_and_loses_nothing(repo):
     want = tables(repo)
     sh('rm -rf build/points runs/classify', repo)
-    edit(repo, lambda p: p['classify']['recipe'].update(samples_at_100=6400))
+    edit(repo, lambda p: p['recipes']['convnext_digits'].update(samples_at_100=6400))
     p = subprocess.Popen([sys.executable, '-m', 'synthscale.run', 'classify', '-p', 'curve', 'typeset', '-p', 'workers', '2'], cwd=repo, env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.time()+90
     def points(): return list((repo/'build').glob('points/*/*.json'))
@@ -126,9 +126,9 @@ def test_a_killed_worker_stops_the_stage_and_loses_nothing(repo):
 # ---- bad input, through the pipeline
 
 def test_an_unknown_key_stops_before_anything_runs(repo):
-    edit(repo, lambda p: p['classify']['recipe'].update(learning_rate=.1))
+    edit(repo, lambda p: p['recipes']['convnext_digits'].update(learning_rate=.1))
     out = fails(repo)
-    assert ran(out) == {'strip'} and "unknown key 'classify.recipe.learning_rate'" in out
+    assert ran(out) == {'strip'} and "unknown key 'recipes.convnext_digits.learning_rate'" in out
 
 def test_a_source_that_does_not_exist(repo):
     edit(repo, lambda p: p['classify']['curves']['typeset'].update(synthetic='typesett', real='typesett'))
@@ -188,12 +188,12 @@ def own_study(repo, tmp_path):
         p['data'] |= dict(image_size=12, channels=3)
         p['data']['sets'] = {k: dict(kind='imagefolder', input=str(tmp_path/'images'/k)) for k in ('photos', 'generated')}
         p['models'], p['prompts'], p['generate'] = {}, dict(sets={}), dict(load(ROOT/'params.yaml')['generate'], sources={})
-        p['filters'] = {}
-        p['judges'] = dict(judge_real=dict(set='photos', n_images=20), judge_concept=dict(set='generated', n_images=20))
+        p['filters'], p['unions'] = {}, {}
+        p['judges'] = dict(judge_real=dict(set='photos', n_images=20, recipe='convnext_digits'), judge_concept=dict(set='generated', n_images=20, recipe='convnext_digits'))
         p['quality']['sources'] = dict(generated=dict(set='generated', n_images=20))
-        p['classify']['eval'] = dict(set='photos', validation='val', tests=['test'])
-        p['classify']['curves'] = dict(photos=dict(real='photos', synthetic='photos', n_real=[8, 16, 32], n_synthetic=[0], seeds=2),
-                                       generated=dict(real='photos', synthetic='generated', n_real=[0, 8], n_synthetic=[16, 40], seeds=2))
+        p['classify']['eval'] |= dict(set='photos', validation='val', tests=['test'], shift_set='photos')
+        p['classify']['curves'] = dict(photos=dict(recipe='convnext_digits', real='photos', synthetic='photos', n_real=[8, 16, 32], n_synthetic=[0], seeds=2),
+                                       generated=dict(recipe='convnext_digits', real='photos', synthetic='generated', n_real=[0, 8], n_synthetic=[16, 40], seeds=2))
         p['laws'] = dict(fit_range=dict(photos=[8, 32]))
         p['report'] = dict(scaling=['photos', 'generated'], samples=['photos'])
     edit(repo, change)
@@ -249,7 +249,7 @@ def test_a_study_of_its_own(repo):
     sh('dvc add -q data && dvc remote add -q -d store store', d)
     def less(p):
         "one seed, and no generator: without sources there is no stage that draws"
-        p['models'], p['generate']['sources'], p['filters'], p['prompts']['sets'] = {}, {}, {}, {}
+        p['models'], p['generate']['sources'], p['filters'], p['unions'], p['prompts']['sets'] = {}, {}, {}, {}, {}
         p['classify']['curves'] = {k: p['classify']['curves'][k] | {'seeds': 1} for k in ('real', 'typeset')}
         p['quality']['sources'] = {'real': p['quality']['sources']['real']}
         p['laws'] |= dict(fit_range=dict(real=[20, 80], typeset=[20, 80]), compare=[['real', 'typeset']], choices={})

@@ -23,6 +23,13 @@ def test_readme_is_what_its_notebook_makes(tmp_path):
     assert same(ROOT, d, 'README.md') == []
     assert same(ROOT, d, 'nbs/index.ipynb') == []
 
+@pytest.mark.parametrize('name', sorted(p.parent.name for p in ROOT.glob('studies/*/findings.ipynb')))
+def test_findings_are_what_their_notebook_makes(tmp_path, name):
+    d = copy_repo(tmp_path/'repo', skip=('remote/',))
+    sh(['python', '-m', 'synthscale.run', 'readme', '--study', f'studies/{name}'], d)
+    assert same(ROOT, d, f'studies/{name}/README.md') == []
+    assert same(ROOT, d, f'studies/{name}/findings.ipynb') == []
+
 @pytest.mark.parametrize('path', [p for p in NOTEBOOKS if stage_of(p) in PIPELINE], ids=lambda p: p.stem)
 def test_stage_notebook_keeps_its_parameters_tag(path):
     nb = nbformat.read(path, 4)
@@ -56,7 +63,7 @@ def test_every_parameter_is_a_dependency():
     "A key of params.yaml that no stage depends on could change without a rerun."
     params, tracked = load(ROOT/'params.yaml'), set()
     for spec in PIPELINE.values():
-        for p in spec.get('do', spec).get('params', []): tracked.add(p.replace('${key}', '*'))
+        for p in spec.get('do', spec).get('params', []): tracked.add(re.sub(r'\$\{(key|item\.\w+)\}', '*', p))
     def leaves(d, path=()):
         for k, v in d.items(): yield from leaves(v, (*path, k)) if isinstance(v, dict) else [(*path, k)]
     def covered(path):
