@@ -260,7 +260,8 @@ def readme_text(nb,                             # executed notebook
                 data = o.get('data', {})
                 if 'text/markdown' in data: parts.append(data['text/markdown'])
                 elif 'text/plain' in data: parts.append(f"```\n{data['text/plain']}\n```")
-    return '\n\n'.join(p.strip() for p in parts).replace('](../', '](').replace('src="../', 'src="')+'\n'
+    text = '\n\n'.join(p.strip() for p in parts)+'\n'
+    return text.replace('](../', '](').replace('src="../', 'src="') if made_from.startswith('nbs/') else text            # README.md lies one folder above nbs/
 
 def refresh(path    # a notebook in nbs/
            ):       # the executed notebook

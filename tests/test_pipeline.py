@@ -162,7 +162,7 @@ def test_a_missing_row_is_named(repo):
 def test_a_class_missing_from_a_source(repo, tmp_path):
     own_study(repo, tmp_path)
     shutil.rmtree(tmp_path/'images'/'photos'/'train'/'dog')
-    assert "no folder for class 'dog': the class is missing from this source" in sh(['synthscale', 'data', '-p', 'name', 'photos'], repo, ok=False)
+    assert "split 'train': no image of class 'dog': the class is missing from this source" in sh(['synthscale', 'data', '-p', 'name', 'photos'], repo, ok=False)
 
 def test_a_study_folder_without_data(repo):
     sh('rm -rf data sets .dvc/cache remote', repo)
