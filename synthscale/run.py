@@ -29,7 +29,7 @@ def is_imports(source: str    # source of a code cell
 
 def code_only(nb,             # notebook, as nbformat reads it
               module: str     # name of the module it exports
-             ):               # None where the notebook has no section "Run this stage"
+             ):               # None where the notebook has no section with that heading
     "The code that runs the stage: the notebook's exported imports, its module, and the cells of its last section."
     start = next((i for i, c in enumerate(nb.cells) if c.cell_type == 'markdown' and c.source.startswith(RUN_HEADING)), None)
     if start is None: return None

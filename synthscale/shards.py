@@ -88,7 +88,7 @@ def write_set(folder,                  # sets/NAME; replaced
     rows, buffer = [], []
     def flush():
         if not buffer: return
-        name = f'{folder.name}-{len({r["shard"] for r in rows}):06d}.tar.gz'
+        name = f'{folder.name}-{len({r["shard"] for r in rows}):06d}.tar' + ('.gz' if max(buffer[0]['image'].shape[:2]) < 64 else '')     # headers outweigh small images; larger ones can be read in place from a plain tar
         write_shard(tmp/name, [s | {'image': s['png']} for s in buffer])
         sha = file_sha256(tmp/name)
         for s in buffer:
@@ -96,7 +96,7 @@ def write_set(folder,                  # sets/NAME; replaced
                              sha256=hashlib.sha256(s['png']).hexdigest(), shard_sha256=sha) | {'class': classes[s['label']]} | s['more'])
         buffer.clear()
     for i, s in enumerate(tqdm(samples, total=total, desc=f'set {folder.name}', unit='image')):
-        buffer.append(dict(key=f"{s['split']}-{i:07d}", png=encode_png(s['image']), split=s['split'], label=int(s['label']), caption=s.get('caption', ''),
+        buffer.append(dict(key=f"{s['split']}-{i:07d}", image=s['image'], png=encode_png(s['image']), split=s['split'], label=int(s['label']), caption=s.get('caption', ''),
                            more={k: v for k, v in s.items() if k not in ('split', 'label', 'image', 'caption')}))
         if len(buffer) == shard_size: flush()
     flush()

@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_study.ipynb #11e03a90
 from __future__ import annotations
-import difflib, errno, hashlib, json, os, re, shutil, string, threading, time
+import difflib, errno, functools, hashlib, json, os, re, shutil, string, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Union
@@ -13,15 +13,15 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 # %% auto #0
-__all__ = ['Ident', 'Key', 'Count', 'Positive', 'Rate', 'SetSpec', 'TrainedOn', 'ModelSpec', 'METRICS', 'Section', 'StudyInfo',
-           'DigitsSpec', 'TypesetSpec', 'ImagesSpec', 'FolderSpec', 'FilesSpec', 'TilesSpec', 'HubImagesSpec',
-           'ShardsSpec', 'DataSection', 'VaeSpec', 'TextSpec', 'UnetSpec', 'T5Spec', 'VqSpec', 'TransformerSpec',
-           'MiniSDSpec', 'MiniIFSpec', 'MiniMuseSpec', 'HubFiles', 'HubSpec', 'LocalSpec', 'JudgeSpec', 'PromptSet',
-           'PromptsSection', 'UpscaleSpec', 'SourceSpec', 'GenerateSection', 'FilterSpec', 'UnionSpec', 'QualitySource',
-           'QualitySection', 'Arch', 'Optimizer', 'Schedule', 'Augment', 'Recipe', 'EvalSpec', 'CurveSpec',
-           'ClassifySection', 'ChoiceSpec', 'LawsSection', 'ReportSection', 'Params', 'StudyError', 'HopelessError',
-           'nearest', 'read_yaml', 'parse_params', 'Study', 'repo_root', 'derive_seed', 'atomic_file', 'write_atomic',
-           'link_or_copy', 'file_sha256', 'write_csv', 'die_with_parent']
+__all__ = ['Ident', 'Key', 'Count', 'Positive', 'Rate', 'SetSpec', 'TrainedOn', 'ModelSpec', 'METRICS', 'ANY_SET', 'Section',
+           'StudyInfo', 'DigitsSpec', 'TypesetSpec', 'ImagesSpec', 'FolderSpec', 'FilesSpec', 'TilesSpec',
+           'HubImagesSpec', 'ShardsSpec', 'DataSection', 'VaeSpec', 'TextSpec', 'UnetSpec', 'T5Spec', 'VqSpec',
+           'TransformerSpec', 'MiniSDSpec', 'MiniIFSpec', 'MiniMuseSpec', 'HubFiles', 'HubSpec', 'LocalSpec',
+           'JudgeSpec', 'PromptSet', 'PromptsSection', 'UpscaleSpec', 'SourceSpec', 'GenerateSection', 'FilterSpec',
+           'UnionSpec', 'QualitySource', 'QualitySection', 'Arch', 'Optimizer', 'Schedule', 'Augment', 'Recipe',
+           'EvalSpec', 'CurveSpec', 'ClassifySection', 'ChoiceSpec', 'LawsSection', 'ReportSection', 'Params',
+           'StudyError', 'HopelessError', 'nearest', 'read_yaml', 'parse_params', 'Study', 'repo_root', 'derive_seed',
+           'atomic_file', 'write_atomic', 'link_or_copy', 'file_sha256', 'write_csv', 'die_with_parent']
 
 # %% ../nbs/00_study.ipynb #d201d6f0
 class Section(BaseModel):
@@ -514,17 +514,29 @@ def _explain(e, data, file):
     return f"{file}: {key} is {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}"
 
 # %% ../nbs/00_study.ipynb #a3352620
+def _ref(file, key, name, options, what):
+    "An error unless a name exists."
+    if name not in options: raise StudyError(f"{file}: {key} is {name!r}: no such {what}{nearest(name, options)}")
+
 def _check_names(p: Params, file):
     "Every reference in params.yaml names something that exists, and the grid makes sense."
-    def ref(key, name, options, what):
-        if name not in options: raise StudyError(f"{file}: {key} is {name!r}: no such {what}{nearest(name, options)}")
+    ref = functools.partial(_ref, file)
+    sets = {**p.data.sets, **p.generate.sources, **p.filters, **p.unions}
+    for check in (_check_classes, _check_sets, _check_judged, _check_curves, _check_laws, _check_report): check(p, file, ref, sets)
+
+ANY_SET = 'set under data.sets, generate.sources, filters or unions'
+
+def _check_classes(p, file, ref, sets):
+    "Every class has a name of its own."
     seen = set()
     for c in p.study.classes:
         if not c.strip('.'): raise StudyError(f"{file}: study.classes names {c!r}, which is a folder and no name")
         if c in seen: raise StudyError(f"{file}: study.classes names {c!r} twice: each class needs its own name")
         seen.add(c)
-    made, curves = p.generate.sources, p.classify.curves
-    sets, both = {**p.data.sets, **made, **p.filters, **p.unions}, 'set under data.sets, generate.sources, filters or unions'
+
+def _check_sets(p, file, ref, sets):
+    "Image sets: each has a name of its own, and what it is made of exists."
+    made = p.generate.sources
     for n in sets:
         where = [k for k, there in (('data.sets', p.data.sets), ('generate.sources', made), ('filters', p.filters), ('unions', p.unions)) if n in there]
         if len(where) > 1: raise StudyError(f"{file}: {n!r} stands under {where[0]} and under {where[1]}: each image set needs its own name")
@@ -543,13 +555,20 @@ def _check_names(p: Params, file):
         ref(f'filters.{n}.judge', s.judge, p.judges, 'judge under judges')
         if not s.min_confidence and s.duplicates == 'keep': raise StudyError(f"{file}: filters.{n} leaves nothing out: expected min_confidence above 0, or duplicates: exact or near")
     for n, s in p.unions.items():
-        for slot in ('first', 'second'): ref(f'unions.{n}.{slot}', getattr(s, slot), [k for k in sets if k != n], both)
+        for slot in ('first', 'second'): ref(f'unions.{n}.{slot}', getattr(s, slot), [k for k in sets if k != n], ANY_SET)
         if s.first == s.second: raise StudyError(f"{file}: unions.{n} names {s.first!r} twice: expected two sets")
+
+def _check_judged(p, file, ref, sets):
+    "Judges and what they judge."
     for n, s in p.judges.items():
         ref(f'judges.{n}.set', s.set, p.data.sets, 'set under data.sets')
         ref(f'judges.{n}.recipe', s.recipe, p.recipes, 'recipe under recipes')
     for k in ('real_judge', 'concept_judge'): ref(f'quality.{k}', getattr(p.quality, k), p.judges, 'judge under judges')
-    for n, s in p.quality.sources.items(): ref(f'quality.sources.{n}.set', s.set, sets, both)
+    for n, s in p.quality.sources.items(): ref(f'quality.sources.{n}.set', s.set, sets, ANY_SET)
+
+def _check_curves(p, file, ref, sets):
+    "Test splits apart from the validation split; curves of sets and recipes that exist."
+    curves = p.classify.curves
     e = p.classify.eval
     for k in ('set', 'shift_set'): ref(f'classify.eval.{k}', getattr(e, k), p.data.sets, 'set under data.sets')
     if e.validation in (*e.tests, *e.shift_tests): raise StudyError(f"{file}: classify.eval.validation is {e.validation!r}, which is also a test split: nothing may be chosen on a test set")
@@ -559,8 +578,12 @@ def _check_names(p: Params, file):
         ref(f'classify.curves.{n}.recipe', c.recipe, p.recipes, 'recipe under recipes')
         for slot in ('real', 'synthetic'):
             name = getattr(c, slot)
-            ref(f'classify.curves.{n}.{slot}', name, sets, both)
+            ref(f'classify.curves.{n}.{slot}', name, sets, ANY_SET)
         if any(sum(s) == 0 for s in c.sizes): raise StudyError(f"{file}: classify.curves.{n} has a point without any image")
+
+def _check_laws(p, file, ref, sets):
+    "Laws speak of curves and sizes that exist."
+    curves = p.classify.curves
     for key in ('fit_range', 'x'):
         for n in getattr(p.laws, key): ref(f'laws.{key}', n, curves, 'curve under classify.curves')
     for pair in p.laws.compare:
@@ -573,10 +596,14 @@ def _check_names(p: Params, file):
         for a in c.among:
             sizes = [sum(s) for s in curves[a].sizes]
             if c.n_images not in sizes: raise StudyError(f"{file}: laws.choices.{n}.n_images is {c.n_images}: curve {a!r} has no such size (it has {', '.join(map(str, sizes))})")
+
+def _check_report(p, file, ref, sets):
+    "The report shows what exists."
+    curves = p.classify.curves
     for n in p.report.scaling: ref('report.scaling', n, curves, 'curve under classify.curves')
     for key in ('mixing', 'grids'):
         for n in getattr(p.report, key): ref(f'report.{key}', n, curves, 'curve under classify.curves')
-    for n in p.report.samples: ref('report.samples', n, sets, both)
+    for n in p.report.samples: ref('report.samples', n, sets, ANY_SET)
     for n in p.report.labels: ref('report.labels', n, [*curves, *sets, *p.quality.sources, *p.prompts.sets], 'curve, set, source or prompt set')
 
 # %% ../nbs/00_study.ipynb #44b97863

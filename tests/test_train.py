@@ -288,3 +288,12 @@ def test_images_in_shards_train_as_images_in_memory_do(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     (tmp_path/'s-000001.tar').write_bytes(b'x')
     with pytest.raises(StudyError, match='s-000001.tar: the shard is damaged'): open_images(tmp_path, rows)
+
+def test_a_set_of_larger_images_lies_in_plain_tars_and_need_not_be_read_whole(tmp_path):
+    from synthscale.shards import write_set
+    rng = np.random.default_rng(0)
+    samples = [dict(split='train', label=i % 2, image=rng.integers(0, 256, (s, s, 3)).astype(np.uint8)) for s in (64, 8) for i in range(6)]
+    large, small = (write_set(tmp_path/k, part, ['a', 'b'], shard_size=4) for k, part in (('large', samples[:6]), ('small', samples[6:])))
+    assert large.shard.str.endswith('.tar').all() and small.shard.str.endswith('.tar.gz').all()
+    whole, lazy = load_set(tmp_path/'large'), load_set(tmp_path/'large', lazy=True)
+    assert np.array_equal(whole.images, np.asarray(lazy.images)) and np.array_equal(lazy.images[3], samples[3]['image'])
