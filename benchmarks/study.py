@@ -1,9 +1,10 @@
-"""The embedded study's wall time and memory: from nothing, with the remote, and with nothing to do. Prints one JSON line.
+"""What the embedded study costs in a fresh clone: with the remote, with nothing to do, and from nothing. One JSON line.
 
-    python benchmarks/study.py            # clones the committed repository into a temporary folder; about as long as the study takes
-    python benchmarks/study.py --quick    # leaves out the run from nothing
+    python benchmarks/study.py                          # takes about as long as the study
+    python benchmarks/study.py --quick                  # leaves out the run from nothing
+    python benchmarks/study.py --quick --before REV     # and compares with an older commit
 """
-import argparse, json, os, platform, re, subprocess, sys, tempfile, threading, time
+import argparse, json, os, platform, re, resource, subprocess, sys, tempfile, threading, time
 from importlib.metadata import version
 from pathlib import Path
 import joblib, psutil
@@ -14,23 +15,30 @@ def tree_memory(pid):
     "Resident memory of a process and all below it, in MB (pages shared between them are counted in each)."
     total = 0
     for p in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
-        try: total += p.memory_info().rss
-        except psutil.NoSuchProcess: pass
+        try:
+            total += p.memory_info().rss
+        except psutil.NoSuchProcess:
+            pass
     return total/2**20
 
 def timed(cmd, cwd):
     "Wall seconds, peak memory in MB, what a command printed and seconds of each kind of stage; raises if it failed."
-    env = {**os.environ, 'PYTHONUNBUFFERED': '1', 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     start = time.time()
-    p = subprocess.Popen(cmd, cwd=cwd, shell=True, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+    p = subprocess.Popen(cmd, cwd=cwd, shell=True, env={**os.environ, 'PYTHONUNBUFFERED': '1', 'PATH': path},
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
     said, at, peak = [], [], 0
     def read():
-        for line in p.stdout: said.append(line); at.append(time.time())
+        for line in p.stdout:
+            said.append(line)
+            at.append(time.time())
     reader = threading.Thread(target=read)
     reader.start()
     while p.poll() is None:
-        try: peak = max(peak, tree_memory(p.pid))
-        except psutil.NoSuchProcess: pass
+        try:
+            peak = max(peak, tree_memory(p.pid))
+        except psutil.NoSuchProcess:
+            pass
         time.sleep(.5)
     reader.join()
     if p.returncode: raise SystemExit(f'{cmd} failed:\n{"".join(said)[-3000:]}')
@@ -40,25 +48,65 @@ def stage_seconds(lines, at):
     "Seconds of each kind of stage: from the line that announces one to the line that announces the next."
     marks = [(m.group(1), t) for l, t in zip(lines, at) if (m := re.search(r"Running stage '(\w+)", l))]
     out = {}
-    for (name, t), (_, end) in zip(marks, [*marks[1:], (None, at[-1])]): out[name] = round(out.get(name, 0)+end-t, 1)
+    for (name, t), (_, end) in zip(marks, [*marks[1:], (None, at[-1])]):
+        out[name] = round(out.get(name, 0)+end-t, 1)
     return out
 
+def cpu(cmd, cwd):
+    "CPU seconds of a command and its children, how many stages it ran, and its last line."
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    _, _, said, _ = timed(cmd, cwd)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime+after.ru_stime-before.ru_utime-before.ru_stime
+    return round(used, 1), said.count('Running stage'), said.strip().splitlines()[-1]
+
+def clone(rev, to):
+    "A clone of a commit of this repository."
+    timed(f'git clone -q {ROOT} {to} && cd {to} && git checkout -q {rev}', to.parent)
+    return to
+
+def with_remote(d):
+    "CPU seconds of the README's first command, after the installation, and of a run with nothing to do."
+    new = clone('HEAD', d/'now')
+    pull, _, _ = cpu('dvc pull --allow-missing', new)
+    repro, ran, said = cpu('dvc repro', new)
+    assert 'up to date' in said or ran, said
+    noop, again, _ = cpu('dvc repro', new)
+    remote = sum(f.stat().st_size for f in (new/'remote').rglob('*') if f.is_file())/1e6
+    return dict(pull_cpu_s=pull, repro_cpu_s=repro, repro_ran=ran, noop_cpu_s=noop, noop_ran=again, remote_mb=round(remote, 1))
+
+def before(d, rev):
+    "The same of an older commit, whose first command was dvc repro --pull."
+    old = clone(rev, d/'before')
+    first, _, _ = cpu('dvc repro --pull', old)
+    noop, _, _ = cpu('dvc repro', old)
+    return dict(before=rev, before_first_cpu_s=first, before_noop_cpu_s=noop)
+
 def main():
-    a = argparse.ArgumentParser(); a.add_argument('--quick', action='store_true')
-    quick = a.parse_args().quick
-    out = dict(benchmark='study', study='digits', cores=joblib.cpu_count(), python=platform.python_version(), torch=version('torch'), timm=version('timm'), diffusers=version('diffusers'), dvc=version('dvc'))
+    a = argparse.ArgumentParser()
+    a.add_argument('--quick', action='store_true', help='leave out the run from nothing')
+    a.add_argument('--before', default='', help='a commit to compare with')
+    given = a.parse_args()
+    packages = ('torch', 'timm', 'diffusers', 'dvc', 'ruamel.yaml.clib')
+    versions = {p: version(p) for p in packages}
+    out = dict(benchmark='study', study='digits', cores=joblib.cpu_count(), python=platform.python_version(), **versions)
     with tempfile.TemporaryDirectory() as d:
-        timed(f'git clone -q {ROOT} {d}/pulled', d)
-        out['remote_mb'] = sum(f.stat().st_size for f in Path(d, 'pulled', 'remote').rglob('*') if f.is_file())/1e6
-        out['with_remote_s'], out['with_remote_peak_mb'], said, _ = timed('dvc repro --pull', f'{d}/pulled')
-        out['with_remote_ran'] = said.count('Running stage')
-        out['noop_s'], _, said, _ = timed('dvc repro', f'{d}/pulled')
-        assert 'up to date' in said
-        if not quick:
-            timed(f'git clone -q {ROOT} {d}/nothing && cd {d}/nothing && dvc pull -q data.dvc && rm -rf results figures dvc.lock', d)
-            out['from_nothing_s'], out['from_nothing_peak_mb'], said, out['stages_s'] = timed('dvc repro --no-run-cache', f'{d}/nothing')
-            out['from_nothing_ran'] = said.count('Running stage')
-            out['same_tables'] = all((Path(d)/'nothing'/'results'/p.name).read_bytes() == p.read_bytes() for p in (Path(d)/'pulled'/'results').glob('*.csv'))
+        out |= with_remote(Path(d))
+        if given.before:
+            out |= before(Path(d), given.before)
+        if not given.quick:
+            out |= from_nothing(d, Path(d)/'now', Path(d)/'nothing')
     print(json.dumps({k: round(v, 1) if isinstance(v, float) else v for k, v in out.items()}))
 
-if __name__ == '__main__': main()
+def from_nothing(d, pulled, nothing):
+    "The whole study, and whether its tables, but those of costs, are the committed ones."
+    clone('HEAD', nothing)
+    timed('dvc pull -q data.dvc && rm -rf results figures dvc.lock', nothing)
+    seconds, peak, said, stages = timed('dvc repro --no-run-cache', nothing)
+    tables = [p for p in (pulled/'results').glob('*.csv') if p.name != 'costs.csv']
+    same = all((nothing/'results'/p.name).read_bytes() == p.read_bytes() for p in tables)
+    return dict(from_nothing_s=seconds, from_nothing_peak_mb=peak, stages_s=stages,
+                from_nothing_ran=said.count('Running stage'), same_tables=same)
+
+if __name__ == '__main__':
+    main()

@@ -4,70 +4,40 @@
 
 # %% ../nbs/06_classify.ipynb #11e03a90
 from __future__ import annotations
-import functools, hashlib, json, os, shutil
-from dataclasses import astuple, dataclass, replace
+import functools, hashlib, json, os, shutil, time
+from dataclasses import astuple, replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 from joblib import Parallel, cpu_count, delayed
 from tqdm import tqdm
-from .shards import check_subset, join, load_set, read_manifest, subset
-from .study import METRICS, CurveSpec, Study, StudyError, derive_seed, die_with_parent, file_sha256, nearest, write_atomic, write_csv
+from .curves import Point, curve_of, curve_points
+from .recipes import ENGINE, METRICS
+from .shards import balanced_order, check_subset, join, load_set, read_manifest
+from .study import Study, StudyError, die_with_parent, nearest, write_atomic, write_csv
 
 # %% auto #0
-__all__ = ['MEMORY', 'KEYS', 'Point', 'curve_points', 'code_sha', 'versions', 'split_of', 'training_images', 'point_config',
-           'order_seeds', 'run_point', 'check_curve', 'usable_processes', 'run_points', 'some_points', 'point_rows',
-           'class_rows', 'compute_check', 'run_curve']
-
-# %% ../nbs/06_classify.ipynb #4637d920
-@dataclass(frozen=True)
-class Point:
-    "One training run: which images, which recipe, which seed, and how many times the rule's samples."
-    recipe: str
-    real: str
-    synthetic: str
-    n_real: int
-    n_synthetic: int
-    seed: int
-    times: int = 1     # 2: trained twice as long, for the compute check
-    real_share: float = None       # of every batch, where both kinds are there
-    synthetic_weight: float = 1.   # of a synthetic image's loss, where both kinds are there
-    @property
-    def n_images(self): return self.n_real+self.n_synthetic
-    @property
-    def source(self):
-        names = [s for s, n in ((self.real, self.n_real), (self.synthetic, self.n_synthetic)) if n]
-        return '+'.join(names)
-
-def curve_points(c: CurveSpec,              # the curve
-                 compute_seeds: int = None  # seeds that the compute check is made with; None: all
-                ) -> list:
-    "The points of a curve, then those of its compute check: both ends, trained twice as long."
-    at = lambda size, seed, times: Point(c.recipe, c.real, c.synthetic, *size, seed, times, *((c.real_share, c.synthetic_weight) if all(size) else ()))
-    ends = dict.fromkeys([c.sizes[0], c.sizes[-1]])
-    return [at(s, k, 1) for s in c.sizes for k in range(c.seeds_at(s))] + [at(s, k, 2) for s in ends for k in range(min(c.seeds_at(s), compute_seeds or c.seeds))]
+__all__ = ['KEYS', 'split_of', 'split_rows', 'order_seeds', 'training_rows', 'training_images', 'point_config', 'versions',
+           'bring_points', 'find_point', 'run_point', 'check_curve', 'usable_processes', 'run_points', 'point_range',
+           'some_points', 'point_rows', 'class_rows', 'compute_check', 'version_note', 'write_points', 'run_curve']
 
 # %% ../nbs/06_classify.ipynb #d4953f60
-def code_sha() -> str:
-    "Hash of the module that trains and measures."
-    import synthscale.train as t
-    return file_sha256(t.__file__)
+# Share of the free memory that the decoded images of one split may take, divided by the workers; more stays in shards.
+_MEMORY = .25
 
-def versions() -> dict:
-    "Versions of the libraries that decide a point's numbers."
-    from importlib.metadata import version
-    return {p: version(p) for p in ('torch', 'timm', 'numpy')}
-
-MEMORY = .25     # share of the free memory that the decoded images of one split may take, divided by the workers; more stays in its shards
+def _stamp(file):
+    "The time of a file: what is cached under it is read again when the file is written again."
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 @functools.lru_cache(maxsize=8)
-def _split(folder, split, size, channels):
-    "A split of a set, read once a process; left in its shards if it is too large for memory."
+def _split(folder, split, size, channels, stamp):
+    "A split of a set, read once per process; left in its shards if it is too large for memory."
     import psutil
     m = read_manifest(folder)
     n = int((m.split == split).sum())
-    lazy = n*size**2*channels > MEMORY*psutil.virtual_memory().available/cpu_count() and not m.shard.str.endswith('.gz').any()
+    room = _MEMORY*psutil.virtual_memory().available/cpu_count()
+    lazy = n*size**2*channels > room and not m.shard.str.endswith('.gz').any()
     return load_set(folder, split, lazy=lazy)
 
 def split_of(study: Study,  # the study
@@ -75,173 +45,305 @@ def split_of(study: Study,  # the study
              split: str     # of its images
             ):              # ImageSet
     "The images of a split, in memory if there is room."
-    return _split(str(study.set_dir(name)), split, study.data.image_size, study.data.channels)
+    folder = study.set_dir(name)
+    return _split(str(folder), split, study.data.image_size, study.data.channels, _stamp(folder/'manifest.parquet'))
 
-def training_images(study: Study,        # the study
-                    point: Point         # which run
-                   ):                    # images, labels, hashes, keys
-    "What a point is trained on: nested subsets of its slots, the real one first."
-    parts = []
-    for name, n, seed in zip((point.real, point.synthetic), (point.n_real, point.n_synthetic), order_seeds(study, point)):
-        if not n: continue
-        s = split_of(study, name, 'train')
-        i = subset(s, n, seed, len(study.study.classes))
-        parts.append((s.images[i], s.labels[i], s.manifest.sha256.to_numpy()[i], (name+':'+s.manifest.key).to_numpy()[i]))
-    images, *rest = zip(*parts)
-    return (join(images), *map(np.concatenate, rest))
+@functools.lru_cache(maxsize=32)
+def _rows(folder, split, stamp):
+    "The manifest rows of a split; `stamp` is the manifest's time, so that a set which is made again is read again."
+    m = read_manifest(folder)
+    return m[m.split == split].reset_index(drop=True)
 
-def _digest(obj) -> str:
-    return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()
+def split_rows(study: Study,  # the study
+               name: str,     # of a set
+               split: str     # of its images
+              ) -> pd.DataFrame:
+    "The manifest rows of a split, without reading an image."
+    folder = study.set_dir(name)
+    return _rows(str(folder), split, _stamp(folder/'manifest.parquet'))
 
-def point_config(study: Study,  # the study
-                 point: Point,  # which run
-                 hashes         # of the training images, in order
-                ) -> dict:
-    "Everything that decides a point's numbers."
-    c, e, recipe = study.classify, study.classify.eval, study.recipes[point.recipe]
-    tests = {k: _digest(split_of(study, e.set_of(k), k).manifest.sha256.tolist()) for k in e.every}
-    mix = dict(counts=[point.n_real, point.n_synthetic], shares=[point.real_share, 1-point.real_share] if point.real_share else None, weights=[1., point.synthetic_weight]) if point.real_share or point.synthetic_weight != 1 else {}
-    return dict(images=_digest(list(hashes)), n_images=point.n_images, tests=tests, within=list(e.within), classes=study.study.classes, recipe=recipe.model_dump(exclude={'origin'}), samples_seen=recipe.samples_seen(point.n_images)*point.times,
-                seed=derive_seed(study.study.seed, 'point', point.seed), mix=mix, checkpoints=c.checkpoints, code=code_sha(), versions=versions())
-
+# %% ../nbs/06_classify.ipynb #d0000002
 def order_seeds(study: Study,  # the study
                 point: Point   # which run
                ) -> tuple:
     "Seeds of the two slots' orders: each seed of the study has its own order of each set."
-    return tuple(derive_seed(study.study.seed, 'order', s, point.seed) for s in (point.real, point.synthetic))
+    return tuple(study.seed('order', s, point.seed) for s in (point.real, point.synthetic))
+
+def training_rows(study: Study,  # the study
+                  point: Point   # which run
+                 ) -> list:      # (set, positions in its training split, their manifest rows), the real slot first
+    "Which images a point is trained on, without reading them."
+    out, n_classes = [], len(study.study.classes)
+    slots = zip((point.real, point.synthetic), (point.n_real, point.n_synthetic), order_seeds(study, point))
+    for name, n, seed in slots:
+        if not n: continue
+        m = split_rows(study, name, 'train')
+        check_subset(name, np.bincount(m.label, minlength=n_classes), n)
+        i = balanced_order(m.label, seed)[:n]
+        out.append((name, i, m.iloc[i]))
+    return out
+
+def training_images(study: Study,    # the study
+                    point: Point     # which run
+                   ):                # images, labels, keys (SET:KEY of each image)
+    "What a point is trained on, read and decoded."
+    parts = training_rows(study, point)
+    images = join([split_of(study, name, 'train').images[i] for name, i, _ in parts])
+    labels = np.concatenate([rows.label.to_numpy(np.int64) for _, _, rows in parts])
+    return images, labels, np.concatenate([(name+':'+rows.key).to_numpy() for name, _, rows in parts])
+
+# %% ../nbs/06_classify.ipynb #d0000003
+def _digest(obj):
+    "A hash of plain data."
+    return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()
+
+def _images_and_labels(rows):
+    "A hash of images and their labels, in their order."
+    return _digest([rows.sha256.tolist(), rows.label.tolist()])
+
+def _mix(point):
+    "How real and synthetic images are mixed, where that is not simply by their numbers."
+    if not point.real_share and point.synthetic_weight == 1: return {}
+    return dict(counts=[point.n_real, point.n_synthetic], weights=[1., point.synthetic_weight],
+                shares=[point.real_share, 1-point.real_share] if point.real_share else None)
+
+def point_config(study: Study,  # the study
+                 point: Point   # which run
+                ) -> dict:
+    "Everything that decides a point's numbers; the point's key is its hash."
+    c, e, recipe = study.classify, study.classify.eval, study.recipes[point.recipe]
+    tests = {k: _images_and_labels(split_rows(study, e.set_of(k), k)) for k in e.every}
+    images = _images_and_labels(pd.concat([rows for _, _, rows in training_rows(study, point)]))
+    return dict(engine=ENGINE, images=images, n_images=point.n_images, tests=tests, within=list(e.within),
+                classes=study.study.classes, recipe=recipe.model_dump(exclude={'reference'}), mix=_mix(point),
+                samples_seen=recipe.samples_seen(point.n_images)*point.train_multiplier,
+                seed=study.seed('point', point.seed), checkpoints=c.checkpoints)
+
+def versions() -> dict:
+    "Versions of the libraries that train, recorded with every point."
+    from importlib.metadata import version
+    return {p: version(p) for p in ('torch', 'timm', 'numpy')}
 
 # %% ../nbs/06_classify.ipynb #477ddb70
+def _point_file(study, key):
+    "The place of a finished point."
+    return study.path('build', 'points', key[:2], f'{key}.json')
+
+def bring_points(study: Study,  # the study
+                 name: str      # of a curve
+                ) -> int:       # points that were brought
+    "Take the points that DVC keeps for a curve into build/points; raises `StudyError` for a damaged file."
+    file, n = study.path('runs', 'classify', name, 'points.jsonl'), 0
+    if not file.exists(): return 0
+    for i, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            path = _point_file(study, json.loads(line)['key'])
+        except (ValueError, KeyError, TypeError):
+            raise StudyError(f"{file}: line {i} is not a finished point; 'dvc checkout {name}' or deleting the file "
+                             "helps") from None
+        if path.exists(): continue
+        write_atomic(path, line)
+        n += 1
+    return n
+
+def find_point(study: Study,  # the study
+               config: dict   # as point_config gives it
+              ):              # its record; None where there is none
+    "A finished point, if everything that decides its numbers is the same."
+    path = _point_file(study, _digest(config))
+    try:
+        record = json.loads(path.read_text())
+        return record | {'cached': True} if record['config'] == config else None
+    except (OSError, ValueError, KeyError):
+        return None                      # not there, or cut short by a full disk: trained again
+
+# %% ../nbs/06_classify.ipynb #d0000005
+@functools.lru_cache(maxsize=2)
+def _study(folder, stamp):
+    "A study, opened once per process and params.yaml."
+    return Study(folder)
+
+def _measured(study, point, config, inputs, weights, acc):
+    "What training and measuring one point gives; `inputs` are its images, labels, keys and test sets."
+    from synthscale.train import Mix, NotFinite, train_and_measure
+    x, y, keys, tests = inputs
+    recipe, n_classes, within = study.recipes[point.recipe], len(study.study.classes), study.classify.eval.within
+    mix = Mix(**{k: tuple(v) if v else None for k, v in config['mix'].items()})
+    try:
+        return train_and_measure(x, y, tests, recipe, n_classes, config['samples_seen'], config['seed'], mix, within,
+                                 config['checkpoints'], weights, acc)
+    except NotFinite as err:
+        some, more = ', '.join(keys[err.positions[:3]]), len(err.positions)-3
+        which = f' (images {some} and {more} more)' if some else ''
+        raise StudyError(f"{err}{which}; try a lower recipes.{point.recipe}.optimizer.lr") from None
+
 def run_point(study_dir: str,  # the study's folder
               point: Point     # which run
              ) -> dict:
-    "Train and measure one point, or read it from the cache build/points; returns its record."
-    study = _study(str(study_dir))
-    e, recipe = study.classify.eval, study.recipes[point.recipe]
-    x, y, hashes, keys = training_images(study, point)
-    config = point_config(study, point, hashes)
-    key = _digest(config)
-    path, weights = study.path('build', 'points', key[:2], f'{key}.json'), study.path('build', 'weights', key)
-    if path.exists():
-        record = json.loads(path.read_text())
-        if record.get('config') == config: return record | {'cached': True}
+    "Train and measure one point, or find it finished; returns its record."
+    study = _study(str(study_dir), _stamp(Path(study_dir)/'params.yaml'))
+    config = point_config(study, point)
+    if found := find_point(study, config): return found
     import torch
-    from synthscale.train import Mix, NotFinite, accelerator, train_and_measure
-    if not torch.cuda.is_available(): torch.set_num_threads(1)
+    from synthscale.train import accelerator
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)         # so that the number of cores is not in the numbers
+    e, key = study.classify.eval, _digest(config)
     tests = {k: (s.images, s.labels) for k in e.every for s in [split_of(study, e.set_of(k), k)]}
-    acc = accelerator(recipe)
+    inputs = (*training_images(study, point), tests)
+    acc, weights = accelerator(study.recipes[point.recipe]), study.path('build', 'weights', key)
+    cpu, wall = time.process_time(), time.time()
     weights.mkdir(parents=True, exist_ok=True)
-    try: result = train_and_measure(x, y, tests, recipe, len(study.study.classes), config['samples_seen'], config['seed'], Mix(**{k: tuple(v) if v else None for k, v in config['mix'].items()}), e.within, config['checkpoints'], weights, acc)
-    except NotFinite as err:
-        some = ', '.join(keys[err.positions[:3]])
-        raise StudyError(f"{err}{f' (images {some} and {len(err.positions)-3} more)' if some else ''}; try a lower recipes.{point.recipe}.optimizer.lr") from None
-    record = dict(key=key, config=config, tests=result)
+    result = _measured(study, point, config, inputs, weights, acc)
+    made = dict(versions=versions(), device=acc.device.type, cpu_s=round(time.process_time()-cpu, 2),
+                wall_s=round(time.time()-wall, 2))
+    record = dict(key=key, config=config, tests=result, made=made)
     if acc.is_main_process:
-        write_atomic(path, json.dumps(record, sort_keys=True))
+        write_atomic(_point_file(study, key), json.dumps(record, sort_keys=True))
         (weights/'state.safetensors').unlink(missing_ok=True)
-        if not config['checkpoints']: shutil.rmtree(weights, ignore_errors=True)
+        if not config['checkpoints']:
+            shutil.rmtree(weights, ignore_errors=True)
     return record
-
-@functools.lru_cache(maxsize=2)
-def _study(folder): return Study(folder)
-
-@functools.cache
-def _own_gpu():
-    "Where there are several GPUs, one that no other worker of this machine has; held until the process ends."
-    import tempfile, torch
-    for k in range(n := torch.cuda.device_count()):
-        lock = FileLock(f'{tempfile.gettempdir()}/synthscale-gpu{k}.lock')
-        try: lock.acquire(timeout=0)
-        except Timeout: continue
-        torch.cuda.set_device(k)
-        return lock
-    if n: raise StudyError(f"all {n} GPUs are taken by other runs (locks {tempfile.gettempdir()}/synthscale-gpu*.lock)")
-
-def _worker(study_dir, point: tuple, parent: int):
-    "run_point in a worker process, which ends with its parent; errors come back as values."
-    if os.getpid() != parent: die_with_parent()
-    try:
-        _own_gpu()
-        return point, run_point(study_dir, Point(*point))
-    except Exception as e: return point, e
 
 # %% ../nbs/06_classify.ipynb #4c4b7360
 def check_curve(study: Study,  # the study
-                name: str      # key in params.yaml
-               ) -> CurveSpec:
+                name: str      # of a curve
+               ):              # its CurveSpec
     "Whether the sets can give what a curve asks for, and whether training and test images are apart."
-    curves = study.classify.curves
-    if name not in curves: raise StudyError(f"no curve {name!r} under classify.curves{nearest(name, curves)}")
-    c, e, tested = curves[name], study.classify.eval, []
+    c, e, tested = curve_of(study, name), study.classify.eval, []
     for split in e.every:
         m = read_manifest(study.set_dir(e.set_of(split)))
-        if split not in set(m.split): raise StudyError(f"classify.eval: set {e.set_of(split)!r} has no split {split!r}{nearest(split, set(m.split))}")
+        if split not in set(m.split):
+            raise StudyError(f"classify.eval: set {e.set_of(split)!r} has no split {split!r}"
+                             f"{nearest(split, set(m.split))}")
         tested.append(m[m.split == split])
     hashes = set(pd.concat(tested).sha256)
     for slot in ('real', 'synthetic'):
-        n = max(getattr(c, f'n_{slot}'))
+        n, of = max(getattr(c, f'n_{slot}')), getattr(c, slot)
         if not n: continue
-        m = read_manifest(study.set_dir(getattr(c, slot)))
-        m = m[m.split == 'train']
-        try: check_subset(getattr(c, slot), np.bincount(m.label, minlength=len(study.study.classes)), n)
-        except StudyError as err: raise StudyError(f"classify.curves.{name}.n_{slot}: {err}") from None
+        m = split_rows(study, of, 'train')
+        try:
+            check_subset(of, np.bincount(m.label, minlength=len(study.study.classes)), n)
+        except StudyError as err:
+            raise StudyError(f"curve {name!r}, {slot} images: {err}") from None
         leak = m[m.sha256.isin(hashes)]
-        if len(leak): raise StudyError(f"set {getattr(c, slot)!r}: {len(leak)} training images are also test images, e.g. {leak.key.iloc[0]}")
+        if len(leak):
+            raise StudyError(f"set {of!r}: {len(leak)} training images are also test images, e.g. {leak.key.iloc[0]}")
     return c
 
-def usable_processes(wanted: int     # 0: one a GPU, or a core
+def usable_processes(wanted: int     # 0: one per GPU, or per core
                     ) -> int:
     "How many points to train at a time."
     if wanted: return wanted
     import torch
     return torch.cuda.device_count() or cpu_count()
 
+# %% ../nbs/06_classify.ipynb #d0000007
+@functools.cache
+def _own_gpu():
+    "Where there are several GPUs, one that no other worker of this machine has; held until the process ends."
+    import tempfile, torch
+    for k in range(n := torch.cuda.device_count()):
+        lock = FileLock(f'{tempfile.gettempdir()}/synthscale-gpu{k}.lock')
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        torch.cuda.set_device(k)
+        return lock
+    if n: raise StudyError(f"all {n} GPUs are taken by other runs (locks {tempfile.gettempdir()}/synthscale-gpu*.lock)")
+
+def _worker(study_dir, point: tuple, parent: int):
+    "run_point in a worker process, which ends with its parent; errors come back as values."
+    if os.getpid() != parent:
+        die_with_parent()
+    try:
+        _own_gpu()
+        return point, run_point(study_dir, Point(*point))
+    except Exception as e:
+        return point, e
+
+def _jobs(study, todo, workers):
+    "The results of points that are to be trained, as they come."
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: return ((astuple(p), run_point(study.dir, p)) for p in todo)
+    from synthscale.classify import _worker as exported
+    work = delayed(_worker if workers == 1 else exported)
+    pool = Parallel(n_jobs=usable_processes(workers), return_as='generator_unordered', pre_dispatch='2*n_jobs',
+                    batch_size=1)
+    return pool(work(str(study.dir), astuple(p), os.getpid()) for p in todo)
+
+def _longest_first(study, point):
+    "What points are sorted by, so that no worker waits for a long one at the end."
+    return -study.recipes[point.recipe].samples_seen(point.n_images)*point.train_multiplier, astuple(point)[:7]
+
+# %% ../nbs/06_classify.ipynb #555b7dfe
 def run_points(study: Study,      # the study
                points: list,      # which runs
-               workers: int = 0   # processes; 0: one a GPU, or a core
-              ) -> dict:    # Point -> record
-    "Run points side by side; finished ones are kept whatever happens to the rest. Under torchrun all of its processes train one point after the other."
-    from synthscale.classify import _worker as exported
-    todo = sorted(points, key=lambda p: (-study.recipes[p.recipe].samples_seen(p.n_images)*p.times, astuple(p)[:7]))
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: jobs = ((astuple(p), run_point(study.dir, p)) for p in todo)
-    else: jobs = Parallel(n_jobs=usable_processes(workers), return_as='generator_unordered', pre_dispatch='2*n_jobs', batch_size=1)(
-        delayed(_worker if workers == 1 else exported)(str(study.dir), astuple(p), os.getpid()) for p in todo)
-    done, failed = {}, {}
-    bar = tqdm(jobs, total=len(todo), desc='points', unit='point', disable=os.environ.get('RANK', '0') != '0')
+               workers: int = 0   # processes; 0: one per GPU, or per core
+              ) -> dict:          # Point -> record
+    "Find or train points, side by side (under torchrun in turn); finished ones are kept whatever happens to the rest."
+    done = {p: r for p in points if (r := find_point(study, point_config(study, p)))}
+    todo = sorted((p for p in points if p not in done), key=lambda p: _longest_first(study, p))
+    if not todo: return done
+    failed, quiet = {}, os.environ.get('RANK', '0') != '0'
+    bar = tqdm(_jobs(study, todo, workers), total=len(todo), desc=f'points ({len(done)} found)', unit='point',
+               disable=quiet)
     for point, r in bar:
         (failed if isinstance(r, Exception) else done)[Point(*point)] = r
-        bar.set_postfix(cached=sum(x.get('cached', False) for x in done.values()), failed=len(failed))
+        bar.set_postfix(failed=len(failed))
     if failed:
         p, e = next(iter(failed.items()))
-        raise StudyError(f"{len(failed)} of {len(todo)} points failed, the others are kept. First: {p}: {e if isinstance(e, StudyError) else f'{type(e).__name__}: {e}'}")
+        what = e if isinstance(e, StudyError) else f'{type(e).__name__}: {e}'
+        raise StudyError(f"{len(failed)} of {len(points)} points failed, the others are kept. First: {p}: {what}")
     return done
 
-def some_points(study: Study,      # the study
-                name: str,         # under classify.curves
-                part: str = '',    # a:b, places in the list of the curve's points; empty: all
-                workers: int = 0   # processes; 0: one a GPU, or a core
-               ) -> tuple:         # points trained or found, points of the curve
-    "Train some points of a curve into the cache, for a job array or under torchrun; the stage then finds them."
-    points = curve_points(check_curve(study, name), study.classify.compute_seeds)
+# %% ../nbs/06_classify.ipynb #d0000008
+def point_range(part: str,    # a:b, or one place; '' for all
+                n: int,       # points of the curve
+                name: str     # of the curve, for errors
+               ) -> slice:
+    "Places in the list of a curve's points."
     lo, colon, hi = part.partition(':')
-    try: chosen = points[int(lo or 0):int(hi or len(points)) if colon else int(lo or 0)+1] if part else points
-    except ValueError: raise StudyError(f"points {part!r}: expected a:b, places from a up to but without b") from None
-    if not chosen: raise StudyError(f"points {part!r}: curve {name!r} has {len(points)} points")
+    try:
+        out = slice(int(lo or 0), int(hi or n) if colon or not part else int(lo)+1)
+    except ValueError:
+        raise StudyError(f"points {part!r}: expected a:b, places from a up to but without b") from None
+    if not range(n)[out]: raise StudyError(f"points {part!r}: curve {name!r} has {n} points")
+    return out
+
+def some_points(study: Study,      # the study
+                name: str,         # of a curve
+                part: str = '',    # a:b, places in the list of the curve's points; '' for all
+                workers: int = 0   # processes; 0: one per GPU, or per core
+               ) -> tuple:         # points trained or found, points of the curve
+    "Train some points of a curve into build/points, for a job array or under torchrun; the stage then finds them."
+    points = curve_points(check_curve(study, name), study.classify.compute_seeds)
+    chosen = points[point_range(part, len(points), name)]
+    bring_points(study, name)
     run_points(study, chosen, workers)
     return len(chosen), len(points)
 
 # %% ../nbs/06_classify.ipynb #5335b3f0
-KEYS = ['study', 'task', 'curve', 'recipe', 'arch', 'source', 'n_images', 'n_real', 'n_synthetic', 'seed', 'test_set']
+KEYS = ['study', 'task', 'curve', 'recipe', 'arch', 'train_sets', 'n_images', 'n_real', 'n_synthetic', 'seed',
+        'test_set']
+_VALUES = ['metric', 'value', 'stderr', 'n_test', 'samples_seen', 'point']
+_CLASS_COLUMNS = ['curve', 'train_sets', 'n_images', 'n_real', 'n_synthetic', 'seed', 'test_set', 'metric', 'value',
+                  'n_test', 'class']
+
+def _point_keys(p):
+    "The columns about the images of a point."
+    return dict(train_sets=p.train_sets, n_images=p.n_images, n_real=p.n_real, n_synthetic=p.n_synthetic, seed=p.seed)
 
 def point_rows(study: Study,  # the study
                curve: str,    # name of the curve
                p: Point,      # the point
                record: dict   # as run_point gives it
               ) -> list:
-    "The rows of one point: every metric on every test set, with the standard error that the number of test images leaves."
-    base = dict(study=study.study.name, task='classify', curve=curve, recipe=p.recipe, arch=study.recipes[p.recipe].arch.name, source=p.source, n_images=p.n_images, n_real=p.n_real,
-                n_synthetic=p.n_synthetic, seed=p.seed)
-    tail = dict(samples_seen=record['config']['samples_seen'])
-    return [dict(base, test_set=t, metric=k, value=m[k], stderr=m['stderr'].get(k), n_test=m['n_test'], **tail, point=record['key'][:12])
+    "The rows of one point: every metric on every test set, with the standard error from the number of test images."
+    arch = study.recipes[p.recipe].arch.name
+    base = dict(study=study.study.name, task='classify', curve=curve, recipe=p.recipe, arch=arch) | _point_keys(p)
+    tail = dict(samples_seen=record['config']['samples_seen'], point=record['key'][:12])
+    return [dict(base, test_set=t, metric=k, value=m[k], stderr=m['stderr'].get(k), n_test=m['n_test'], **tail)
             for t in study.classify.eval.every for m in [record['tests'][t]] for k in METRICS]
 
 def class_rows(study: Study,  # the study
@@ -250,42 +352,75 @@ def class_rows(study: Study,  # the study
                record: dict   # as run_point gives it
               ) -> list:
     "The per-class rows of one point: recall and loss of the classes that a test set has."
-    return [dict(curve=curve, source=p.source, n_images=p.n_images, n_real=p.n_real, n_synthetic=p.n_synthetic, seed=p.seed, test_set=t, metric=k,
-                 value=m[f'class_{k}'][i], n_test=m['class_n'][i]) | {'class': name}
-            for t in study.classify.eval.every for m in [record['tests'][t]] for i, name in enumerate(study.study.classes) if m['class_n'][i] for k in ('recall', 'loss')]
+    base, rows = dict(curve=curve) | _point_keys(p), []
+    for t in study.classify.eval.every:
+        m = record['tests'][t]
+        for i, name in enumerate(study.study.classes):
+            if not m['class_n'][i]: continue
+            for k in ('recall', 'loss'):
+                row = dict(base, test_set=t, metric=k, value=m[f'class_{k}'][i], n_test=m['class_n'][i])
+                rows.append(row | {'class': name})
+    return rows
+
+# %% ../nbs/06_classify.ipynb #d0000011
+_CHECK_KEYS = ['curve', 'n_images', 'n_real', 'n_synthetic', 'test_set']
 
 def compute_check(study: Study,  # the study
                   curve: str,    # name of the curve
                   done: dict     # Point -> record
                  ) -> pd.DataFrame:
-    "How far doubling the steps moves the loss at the ends of a curve: mean over seeds, and whether that is within the tolerance."
+    "How far doubling the steps moves the loss at the ends of a curve, mean over seeds, and whether that is too far."
     rows = []
-    for p in [p for p in done if p.times == 2]:
-        once = done[replace(p, times=1)]
+    for p in [p for p in done if p.train_multiplier == 2]:
+        once = done[replace(p, train_multiplier=1)]
         for t, m in done[p]['tests'].items():
-            rows.append(dict(curve=curve, n_images=p.n_images, n_real=p.n_real, n_synthetic=p.n_synthetic, test_set=t, seed=p.seed,
-                             loss=once['tests'][t]['loss'], loss_doubled=m['loss']))
-    df = pd.DataFrame(rows).sort_values(['n_images', 'test_set', 'seed'])
-    g = df.groupby(['curve', 'n_images', 'n_real', 'n_synthetic', 'test_set'])[['loss', 'loss_doubled']].mean().reset_index()
+            rows.append(dict(curve=curve, n_images=p.n_images, n_real=p.n_real, n_synthetic=p.n_synthetic, test_set=t,
+                             seed=p.seed, loss=once['tests'][t]['loss'], loss_doubled=m['loss']))
+    df = pd.DataFrame(rows, columns=[*_CHECK_KEYS, 'seed', 'loss', 'loss_doubled'])
+    df = df.sort_values(['n_images', 'test_set', 'seed'])
+    g = df.groupby(_CHECK_KEYS)[['loss', 'loss_doubled']].mean().reset_index()
     g['move'] = g.loss_doubled/g.loss-1
     g['compute_limited'] = g.move.abs() > study.classify.compute_tolerance
     return g
 
+def version_note(name: str,   # of a curve
+                 done: dict   # Point -> record
+                ) -> str:     # '' where all points have the same
+    "A sentence about a curve whose points were trained with several versions of the libraries."
+    texts = [', '.join(f'{k} {v}' for k, v in sorted(r['made']['versions'].items())) for r in done.values()]
+    counts = pd.Series(texts).value_counts()
+    if len(counts) < 2: return ''
+    parts = '; '.join(f'{n} with {v}' for v, n in counts.items())
+    return f'curve {name!r} mixes points of several library versions: {parts}'
+
+# %% ../nbs/06_classify.ipynb #d0000013
+def write_points(study: Study,  # the study
+                 name: str,     # of a curve
+                 records: list  # of its points, in their order
+                ) -> Path:
+    "Write runs/classify/NAME/points.jsonl: exactly the points of a curve, one per line."
+    lines = [json.dumps({k: v for k, v in r.items() if k != 'cached'}, sort_keys=True) for r in records]
+    return write_atomic(study.path('runs', 'classify', name, 'points.jsonl'), '\n'.join(lines)+'\n' if lines else '')
+
 def run_curve(study: Study,      # the study
-              name: str,         # under classify.curves
-              workers: int = 0   # processes; 0: one a core
-             ) -> pd.DataFrame:    # the rows of the curve
-    "Train and measure a curve; writes curve.csv, per_class.parquet and compute_check.csv to runs/classify/NAME."
-    c = check_curve(study, name)
-    points = curve_points(c, study.classify.compute_seeds)
+              name: str,         # of a curve, or of a source that has none
+              workers: int = 0   # processes; 0: one per GPU, or per core
+             ) -> pd.DataFrame:  # the rows of the curve
+    "Train and measure a curve; writes its points and its tables to runs/classify/NAME."
+    source = study.generate.sources.get(name) if 'generate' in study.raw else None
+    has_curve = not source or source.curve.n_images
+    points = curve_points(check_curve(study, name), study.classify.compute_seeds) if has_curve else []
+    bring_points(study, name)
     done = run_points(study, points, workers)
-    once = [p for p in points if p.times == 1]
-    df = pd.DataFrame([r for p in once for r in point_rows(study, name, p, done[p])])
-    per_class = pd.DataFrame([r for p in once for r in class_rows(study, name, p, done[p])])
+    once = [p for p in points if p.train_multiplier == 1]
+    df = pd.DataFrame([r for p in once for r in point_rows(study, name, p, done[p])], columns=[*KEYS, *_VALUES])
+    per_class = pd.DataFrame([r for p in once for r in class_rows(study, name, p, done[p])], columns=_CLASS_COLUMNS)
     out = study.path('runs', 'classify', name)
-    out.mkdir(parents=True, exist_ok=True)
+    write_points(study, name, [done[p] for p in points])
+    write_csv(out/'curve.csv', df)
     write_csv(out/'compute_check.csv', compute_check(study, name, done))
     per_class.to_parquet(out/'per_class.parquet.tmp', index=False)
     os.replace(out/'per_class.parquet.tmp', out/'per_class.parquet')
-    write_csv(out/'curve.csv', df)
+    if note := version_note(name, done):
+        print(note)
     return df

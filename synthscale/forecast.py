@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy import stats
-from .forms import check_points
+from .functional_forms import check_points
 from .study import StudyError
 
 # %% auto #0
@@ -22,11 +22,11 @@ DAMP = np.array([1., 2., 5., np.inf, -5.])  # nats in which the slope falls to 1
 SLOPE = (-.25, .3)                          # mean and sd of the slope before anything is seen
 HALF_LIFE = np.array([.25, .35, .5, .7, 1., 2., np.inf])             # of the recency weights
 EXPONENT = np.concatenate([np.linspace(.02, 1, 25), np.geomspace(1.1, 4, 8)])   # of the law with a floor
-FLOOR = np.concatenate([[0], np.geomspace(.01, 60, 22)])             # its floor, as a multiple of the reducible loss at the largest size
+FLOOR = np.concatenate([[0], np.geomspace(.01, 60, 22)])  # its floor over the reducible loss at the largest size
 REACH = np.log(2)                           # how far ahead the past is tested
 MEMORY = 1.                                 # half-life, in nats, of what an old forecast error counts
 POWER, LEAST = 4., .003                     # a half-life weighs (its mean squared error + LEAST^2)^-POWER
-PRIOR = 10.                                 # forecasts that the calibration is worth before any was made
+PRIOR = 10.                                 # weight of the calibration before any forecast was made, in forecasts
 SCALE, TAIL = .756, 4                       # intervals are Student's t with TAIL degrees of freedom, times SCALE
 MOST = 60                                   # origins that are tested, at most
 
@@ -59,6 +59,11 @@ def _trend(x, y, r, slope=SLOPE):
         states.append((L, B, P, C, V, ll))
     return states
 
+def _weights(state):
+    "Of every setting, by its likelihood."
+    w = np.exp(state[-1]-state[-1].max())
+    return w/w.sum()
+
 def _trend_ahead(state, h):
     "Mean and variance of the curve at distances h, and variance of the unexplained noise."
     L, B, P, C, V, ll = [v[:, None] for v in state]
@@ -70,23 +75,22 @@ def _trend_ahead(state, h):
     mu = w@m
     return mu, w@(v+(m-mu)**2), float(w@_noise**2)
 
-def _weights(state):
-    w = np.exp(state[-1]-state[-1].max())
-    return w/w.sum()
-
 # %% ../nbs/07c_forecast.ipynb #9df1dad9
 def _floors(x, y, w, origins):
     "For each half-life and origin the best log loss at x[-1], exponent and floor."
     t = x-x[-1]
     D = y-np.log(np.exp(-_k*t)+_r)
-    W = np.where(np.arange(len(x)) <= origins[:, None], .5**((x[origins][:, None]-x)/HALF_LIFE[:, None, None]), 0)*w
+    recent = .5**((x[origins][:, None]-x)/HALF_LIFE[:, None, None])
+    W = np.where(np.arange(len(x)) <= origins[:, None], recent, 0)*w
     F = W.reshape(-1, len(x))
     m = (D@F.T)/F.sum(1)
     i = ((D*D)@F.T/F.sum(1)-m*m).argmin(0)
     shape = W.shape[:2]
     return m[i, np.arange(len(i))].reshape(shape), _k[i, 0].reshape(shape), _r[i, 0].reshape(shape)
 
-def _floor_at(a, k, r, h): return a[..., None]+np.log(np.exp(-k[..., None]*h)+r[..., None])
+def _floor_at(a, k, r, h):
+    "Log loss at distances h from x[-1]."
+    return a[..., None]+np.log(np.exp(-k[..., None]*h)+r[..., None])
 
 # %% ../nbs/07c_forecast.ipynb #7ba64d74
 def _half_life_weights(E, ahead, origins, x, j):
@@ -98,7 +102,7 @@ def _half_life_weights(E, ahead, origins, x, j):
     return u/u.sum()
 
 def _core(x, y, r, h, count):
-    "Forecast log loss at x[-1]+h: mean, variance of the curve, variance of the noise, factor of the calibration, past forecasts."
+    "Forecast of log loss at x[-1]+h: mean, variance of the curve and of the noise, calibration factor, past forecasts."
     N, h = len(x), np.atleast_1d(np.asarray(h, float))
     states = _trend(x, y, r)
     mu, v, noise = _trend_ahead(states[-1], h)
@@ -127,12 +131,12 @@ def _core(x, y, r, h, count):
 # %% ../nbs/07c_forecast.ipynb #fa6aef07
 @dataclass
 class Curve:
-    "One curve, a row a size: what every fit and forecast here works on."
+    "One curve, one row per size: what every fit and forecast here works on."
     n: np.ndarray           # sizes, ascending
     loss: np.ndarray        # geometric mean of the losses at each
     count: np.ndarray       # replicates at each
     sd_seed: float          # between replicates at one size, of log loss, pooled; NaN without any
-    sd_test: np.ndarray     # of log loss at each size, from the test set's size or the given standard error; 0 where unknown
+    sd_test: np.ndarray     # of log loss at each size, from the given standard error of its test set; 0: unknown
     dropped: int = 0        # exact copies of a row
     free: int = 0           # degrees of freedom of sd_seed
     name: str = ''          # for errors
@@ -143,51 +147,68 @@ def make_curve(n,           # sizes
                stderr=None, # standard error of each loss from its test set; None: not known
                name=''      # of the curve, for errors
               ) -> Curve:
-    "Sort, merge replicates, drop exact copies. Raises StudyError that names the row of a value that is not a finite number above 0."
+    """Sort, merge replicates, drop exact copies.
+    Raises StudyError that names the row of a value that is not a finite number above 0."""
     n, loss = check_points(n, loss, name)
     if not len(n): raise StudyError(f'curve {name!r} has no points')
-    df = pd.DataFrame(dict(n=n, y=np.log(loss), seed=0 if seed is None else np.asarray(seed), se=0. if stderr is None else np.asarray(stderr, float)/loss))
-    if not (np.isfinite(df.se) & (df.se >= 0)).all(): raise StudyError(f'curve {name!r}: a standard error is not a number of at least 0')
+    se = 0. if stderr is None else np.asarray(stderr, float)/loss
+    df = pd.DataFrame(dict(n=n, y=np.log(loss), seed=0 if seed is None else np.asarray(seed), se=se))
+    if not (np.isfinite(df.se) & (df.se >= 0)).all():
+        raise StudyError(f'curve {name!r}: a standard error is not a number of at least 0')
     d = df.drop_duplicates()
     d = d.sort_values(['n', 'y', 'se'], kind='stable')
     g = d.groupby('n')
     count = g.size().to_numpy()
     free = (count-1).sum()
     sd = np.sqrt(((d.y-g.y.transform('mean'))**2).sum()/free) if free else np.nan
-    return Curve(np.array(list(g.groups)), np.exp(g.y.mean().to_numpy()), count, float(sd), np.sqrt(g.se.apply(lambda s: np.mean(s**2)).to_numpy()), len(df)-len(d), int(free), name)
+    sd_test = np.sqrt(g.se.apply(lambda s: np.mean(s**2)).to_numpy())
+    sizes, mean = np.array(list(g.groups)), np.exp(g.y.mean().to_numpy())
+    return Curve(sizes, mean, count, float(sd), sd_test, len(df)-len(d), int(free), name)
 
 # %% ../nbs/07c_forecast.ipynb #c6191360
 @dataclass
 class Forecast:
     "What a curve is expected to do at some sizes."
     curve: Curve            # what it was made from
-    table: pd.DataFrame     # n, loss, ci_lo, ci_hi and the parts of the uncertainty, a row a size
+    table: pd.DataFrame     # n, loss, ci_lo, ci_hi and the parts of the uncertainty, one row per size
     level: float            # of the intervals
-    rolling_rmsle: float    # error of its own past forecasts within a doubling, root mean square; NaN with fewer than six sizes
+    rolling_rmsle: float    # rms error of its own past forecasts within a doubling; NaN with fewer than six sizes
     factor: float           # by which those errors changed the variance
-    def _repr_html_(self):
-        t = self.table.copy()
-        t['n'] = t.n.map('{:,.0f}'.format)
-        past = 'too few sizes to test it on its own past' if np.isnan(self.rolling_rmsle) else f'its own past forecasts within a doubling were off by {100*self.rolling_rmsle:.1f} %'
-        return f'<p><b>{self.curve.name or "forecast"}</b>: from {len(self.curve.n)} sizes, {self.curve.n[0]:,.0f} to {self.curve.n[-1]:,.0f}; {self.level:.0%} intervals; {past}.</p>{t.to_html(index=False, float_format="%.4g")}'
 
+    def _repr_html_(self):
+        c, t = self.curve, self.table.copy()
+        t['n'] = t.n.map('{:,.0f}'.format)
+        past = f'its own past forecasts within a doubling were off by {100*self.rolling_rmsle:.1f} %'
+        if np.isnan(self.rolling_rmsle):
+            past = 'too few sizes to test it on its own past'
+        head = f'from {len(c.n)} sizes, {c.n[0]:,.0f} to {c.n[-1]:,.0f}; {self.level:.0%} intervals; {past}.'
+        return f'<p><b>{c.name or "forecast"}</b>: {head}</p>{t.to_html(index=False, float_format="%.4g")}'
+
+# %% ../nbs/07c_forecast.ipynb #b9c419bf
 def forecast(curve,         # Curve, or sizes
              loss=None,     # losses, where `curve` is sizes
              at=None,       # sizes to forecast; default: two and four times the largest
              level=.9,      # of the intervals
              seeds=1        # runs that a measurement at those sizes will be the mean of
             ) -> Forecast:
-    "Forecast a curve beyond its largest size. Raises StudyError with fewer than two sizes, or for a size that is not beyond."
+    """Forecast a curve beyond its largest size.
+    Raises StudyError with fewer than two sizes, or for a size that is not beyond."""
     c = curve if isinstance(curve, Curve) else make_curve(curve, loss)
     if len(c.n) < 2: raise StudyError(f'curve {c.name!r}: {len(c.n)} size, a forecast needs at least 2')
     at = np.atleast_1d(np.asarray(c.n[-1]*np.array([2., 4.]) if at is None else at, float))
-    if not (np.isfinite(at) & (at >= c.n[-1])).all(): raise StudyError(f'curve {c.name!r}: a forecast is for sizes from the largest, {c.n[-1]:g}, on; asked for {at[~(at >= c.n[-1])][0]:g}')
+    if not (np.isfinite(at) & (at >= c.n[-1])).all():
+        raise StudyError(f'curve {c.name!r}: a forecast is for sizes from the largest, {c.n[-1]:g}, on; '
+                         f'asked for {at[~(at >= c.n[-1])][0]:g}')
     seed2 = 0. if np.isnan(c.sd_seed) else c.sd_seed**2
     x, y, r = np.log(c.n), np.log(c.loss), seed2/c.count+c.sd_test**2
     mu, curve2, noise2, factor, past = _core(x, y, r, np.log(at)-x[-1], c.count.astype(float))
-    parts = dict(sd_curve=factor*curve2, sd_seed=np.full(len(at), seed2/seeds), sd_test=np.full(len(at), c.sd_test[-1]**2), sd_noise=np.full(len(at), factor*noise2))
+    parts = dict(sd_curve=factor*curve2, sd_seed=np.full(len(at), seed2/seeds),
+                 sd_test=np.full(len(at), c.sd_test[-1]**2), sd_noise=np.full(len(at), factor*noise2))
     half = SCALE*stats.t.ppf(.5+level/2, TAIL)*np.sqrt(sum(parts.values()))
-    if np.isnan(c.sd_seed): parts['sd_seed'] = np.full(len(at), np.nan)
-    t = pd.DataFrame(dict(n=at, loss=np.exp(mu), ci_lo=np.exp(mu-half), ci_hi=np.exp(mu+half), **{k: np.sqrt(v) for k, v in parts.items()}))
+    if np.isnan(c.sd_seed):
+        parts['sd_seed'] = np.full(len(at), np.nan)
+    t = pd.DataFrame(dict(n=at, loss=np.exp(mu), ci_lo=np.exp(mu-half), ci_hi=np.exp(mu+half),
+                          **{k: np.sqrt(v) for k, v in parts.items()}))
     old = .5**((x[-1]-past[:, 0])/MEMORY)
-    return Forecast(c, t, level, float(np.sqrt(old@past[:, 2]**2/old.sum())) if len(past) else np.nan, factor)
+    rolling = float(np.sqrt(old@past[:, 2]**2/old.sum())) if len(past) else np.nan
+    return Forecast(c, t, level, rolling, factor)

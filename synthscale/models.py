@@ -6,61 +6,214 @@
 from __future__ import annotations
 import hashlib, json, os, shutil
 from pathlib import Path
+from typing import Annotated, Literal, Union
 import numpy as np
 import pandas as pd
-import torch
+from pydantic import Field
 from safetensors import safe_open
-from .shards import load_set, replace_folder
-from .minis import MINIS
 from .pipelines import check_folder, folder_sha256, pipeline_class
-from .study import HubFiles, HubSpec, LocalSpec, Study, StudyError, derive_seed, file_sha256, link_or_copy, nearest, write_atomic
+from .shards import load_set, read_manifest, replace_folder
+from .study import (Ident, Key, Positive, Rate, Section, Study, StudyError, link_or_copy, made_before,
+                              nearest, note_made, write_atomic)
 
 # %% auto #0
-__all__ = ['PLAIN', 'wanted_files', 'fetch', 'model_key', 'link_tree', 'bring', 'build_model', 'kept_whole', 'model_card',
-           'model_parts']
+__all__ = ['ModelsSection', 'ENGINE', 'VaeSpec', 'TextSpec', 'UnetSpec', 'T5Spec', 'VqSpec', 'TransformerSpec', 'MiniSDSpec',
+           'MiniIFSpec', 'MiniMuseSpec', 'HubFiles', 'HubSpec', 'LocalSpec', 'wanted_files', 'fetch',
+           'training_threads', 'model_key', 'kept_whole', 'link_tree', 'materialize', 'build_model', 'model_parts',
+           'model_card']
+
+# %% ../nbs/02_models.ipynb #7674df47
+_TrainedOn = Annotated[str, Field(pattern=r'^sets/[A-Za-z0-9_+-]+$')]     # sets/NAME, a set under data.sets
+_Channels = Annotated[list[Annotated[int, Field(ge=8, multiple_of=8)]], Field(min_length=2)]
+_WideChannels = Annotated[list[Annotated[int, Field(ge=16, multiple_of=16)]], Field(min_length=2)]
+_Width = Annotated[int, Field(ge=32, multiple_of=32)]                     # 32 for each attention head
+_Dropout = Annotated[float, Field(gt=0, lt=1)]
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+class VaeSpec(Section):
+    "The autoencoder (diffusers' AutoencoderKL): pixels to latents, halved for each channel count after the first."
+    channels: _Channels              # block_out_channels
+    latent_channels: Positive
+    steps: Positive
+    batch_size: Positive
+    lr: Rate                         # peak of AdamW
+    kl: Rate                         # weight of the KL term, per latent dimension, beside the mean squared error of
+                                     # pixels between -1 and 1
+
+class TextSpec(Section):
+    "Tokenizer and text encoder (transformers' CLIPTokenizer and CLIPTextModel), trained on the captions of the set."
+    vocab_size: Annotated[int, Field(ge=514)]   # at most; 256 bytes, the same at the end of a word and two special
+                                     # tokens are the least
+    length: Annotated[int, Field(ge=4)]         # tokens per prompt, start and end included; longer ones are cut
+    width: _Width
+    layers: Positive
+
+# %% ../nbs/02_models.ipynb #2b59ad2e
+class UnetSpec(Section):
+    "The denoiser (diffusers' UNet2DConditionModel, v-prediction), trained together with the text encoder."
+    channels: _WideChannels          # block_out_channels; the last block attends to the text
+    steps: Positive
+    batch_size: Positive
+    lr: Rate
+    caption_dropout: _Dropout        # share of captions left empty, which guidance needs
+    ema: _Decay                      # decay of the averaged weights, which are the ones saved
+
+class T5Spec(Section):
+    "Tokenizer and text encoder (transformers' T5Tokenizer, T5EncoderModel), trained on the captions; 77 tokens."
+    vocab_size: Annotated[int, Field(ge=80)]    # at most; 73 signs and three special tokens are the least
+    width: _Width
+    layers: Positive
+
+# %% ../nbs/02_models.ipynb #f54c4ce5
+class VqSpec(Section):
+    "The autoencoder of a masked-token model (diffusers' VQModel): pixels to a grid of codes and back."
+    channels: _Channels              # block_out_channels; the grid is halved for each after the first
+    latent_channels: Positive
+    codes: Annotated[int, Field(ge=2)]          # in the codebook
+    steps: Positive
+    batch_size: Positive
+    lr: Rate
+    revive: Rate                     # weight of the term that keeps every code near what the images use
+
+class TransformerSpec(Section):
+    "The transformer that fills in masked codes (diffusers' UVit2DModel), trained together with the text encoder."
+    width: _Width
+    layers: Positive
+    steps: Positive
+    batch_size: Positive
+    lr: Rate
+    caption_dropout: _Dropout
+    ema: _Decay
+
+# %% ../nbs/02_models.ipynb #99dd9c70
+class MiniSDSpec(Section):
+    "A small Stable Diffusion, trained by the study itself on the images and captions of one of its sets."
+    type: Literal['mini_sd']
+    input: _TrainedOn                # its captions are the only text the model knows
+    split: Ident = 'train'
+    vae: VaeSpec
+    text: TextSpec
+    unet: UnetSpec
+
+    @property
+    def halvings(self) -> int:
+        "How often an image is halved on its way to the innermost level."
+        return len(self.vae.channels)+len(self.unet.channels)-2
+
+class MiniIFSpec(Section):
+    "A small DeepFloyd IF: pixels denoised, prompts read by a T5; only its first stage, because the images are small."
+    type: Literal['mini_if']
+    input: _TrainedOn
+    split: Ident = 'train'
+    text: T5Spec
+    unet: UnetSpec
+
+    @property
+    def halvings(self) -> int:
+        "How often an image is halved on its way to the innermost level."
+        return len(self.unet.channels)-1
+
+class MiniMuseSpec(Section):
+    "A small aMUSEd, the open relative of Muse: images as grids of codes, masked codes filled in."
+    type: Literal['mini_muse']
+    input: _TrainedOn
+    split: Ident = 'train'
+    vq: VqSpec
+    text: TextSpec
+    transformer: TransformerSpec
+
+    @property
+    def halvings(self) -> int:
+        "How often an image is halved on its way to the grid of codes."
+        return len(self.vq.channels)-1
+
+# %% ../nbs/02_models.ipynb #32079864
+class HubFiles(Section):
+    "A repository of the Hugging Face hub at one commit."
+    repo: Annotated[str, Field(pattern=r'^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')]    # OWNER/NAME
+    revision: str                    # the full commit hash, 40 hexadecimal digits: a branch or a tag may move
+    variant: Ident = ''              # e.g. fp16: weights named *.fp16.safetensors; empty: the plain ones
+
+class HubSpec(HubFiles):
+    "A pipeline of the Hugging Face hub: fetched once, safetensors only, no code of the repository is run."
+    type: Literal['hub']
+    input: Literal['build/nbs/02_models.ipynb']   # not read: DVC needs a path, and this one is a dependency anyway
+    pipeline: Ident = ''             # the expected class, e.g. StableDiffusionPipeline; empty: any text-to-image class
+    upscaler: Union[HubFiles, None] = None   # the second stage of a cascade (DeepFloyd IF)
+
+class LocalSpec(Section):
+    "A pipeline in a folder, as save_pretrained wrote it; copied, so that DVC versions what was used."
+    type: Literal['local']
+    input: str                       # the folder
+    pipeline: Ident = ''             # as for a hub model
+    upscaler: str = ''               # folder of the second stage of a cascade, inside `input`
+
+_ModelSpec = Annotated[Union[MiniSDSpec, MiniIFSpec, MiniMuseSpec, HubSpec, LocalSpec], Field(discriminator='type')]
+ModelsSection = dict[Key, _ModelSpec]
 
 # %% ../nbs/02_models.ipynb #eefcdde8
-PLAIN = ['*.json', '*.txt', '*.model']      # configurations and tokenizers
+_PLAIN = ['*.json', '*.txt', '*.model']      # configurations and tokenizers
 
 def wanted_files(index: dict,    # contents of model_index.json
                  variant: str    # of the weights, '' for the plain ones
                 ) -> tuple:      # patterns to fetch, patterns to leave
     "Which files of a repository make up its pipeline."
     parts = [k for k, v in index.items() if not k.startswith('_') and isinstance(v, list) and v[0] is not None]
-    weights = [f'*.{variant}.safetensors', f'*.{variant}-*.safetensors'] if variant else ['*.safetensors']
-    return ['model_index.json', *(f'{p}/{w}' for p in parts for w in PLAIN+weights)], ['*/*.safetensors.index.json'] if variant else ['*/*.*.safetensors', '*/*.safetensors.index.*.json']
+    if variant:
+        weights, leave = [f'*.{variant}.safetensors', f'*.{variant}-*.safetensors'], ['*/*.safetensors.index.json']
+    else:
+        weights, leave = ['*.safetensors'], ['*/*.*.safetensors', '*/*.safetensors.index.*.json']
+    return ['model_index.json', *(f'{p}/{w}' for p in parts for w in _PLAIN+weights)], leave
 
+# %% ../nbs/02_models.ipynb #03a0ff4c
 def fetch(files: HubFiles,   # repository and commit
           folder             # filled; what is already there is kept
          ):
     "Bring a pipeline of the hub to disk; raises `StudyError` that names the repository."
     from huggingface_hub import hf_hub_download, snapshot_download
-    where, token = f'{files.repo}@{files.revision[:12]}', os.environ.get('HF_TOKEN') or False
+    token = os.environ.get('HF_TOKEN') or False
     common = dict(revision=files.revision, local_dir=str(folder), token=token)
     try:
         index = json.loads(Path(hf_hub_download(files.repo, 'model_index.json', **common)).read_text())
         allow, leave = wanted_files(index, files.variant)
         snapshot_download(files.repo, allow_patterns=allow, ignore_patterns=leave, max_workers=4, **common)
     except Exception as e:
-        hint = '; a model behind a licence needs its terms accepted on the hub and HF_TOKEN in the environment' if not token else ''
-        raise StudyError(f"{where}: cannot be fetched from the hub: {type(e).__name__}: {str(e).strip().splitlines()[0][:300]}{hint}") from None
+        reason = f'{type(e).__name__}: {str(e).strip().splitlines()[0][:300]}'
+        hint = '; a model behind a licence needs its terms accepted on the hub and HF_TOKEN in the environment'
+        raise StudyError(f"{files.repo}@{files.revision[:12]}: cannot be fetched from the hub: "
+                         f"{reason}{'' if token else hint}") from None
     shutil.rmtree(Path(folder)/'.cache', ignore_errors=True)                   # the downloader's notes
 
 # %% ../nbs/02_models.ipynb #43ff262a
+ENGINE = 1       # of the training of the mini models: raise it when a change of `mini_models` or `loop` changes weights
+_THREADS = 2     # at most: sums depend on the number of threads, and a larger machine has to make the same model
+
+def training_threads() -> int:
+    "The threads that mini models are trained with."
+    return min(_THREADS, int(os.environ.get('OMP_NUM_THREADS') or os.cpu_count()))
+
 def model_key(study: Study,        # the study
               name: str            # under models
-             ) -> str:
+             ) -> str:             # 32 hexadecimal digits
     "A hash of everything that decides the files of a model."
-    from importlib.metadata import version
-    import synthscale.minis as minis
     spec = study.models[name]
-    about = dict(spec=spec.model_dump())
-    if spec.kind in MINIS:
-        s = load_set(study.path(spec.input), spec.split)
-        about |= dict(seed=derive_seed(study.study.seed, 'model', name), images=s.manifest.sha256.tolist(), captions=s.manifest.caption.tolist(), code=file_sha256(minis.__file__),
-                      versions={p: version(p) for p in ('torch', 'diffusers', 'transformers', 'tokenizers')})
-    elif spec.kind == 'local': about |= dict(files=folder_sha256(study.path(spec.input)), upscaler=folder_sha256(study.path(spec.upscaler)) if spec.upscaler else '')
+    about = dict(spec=spec.model_dump(exclude={'input', 'split'}))
+    if spec.type.startswith('mini_'):
+        m = read_manifest(study.path(spec.input))
+        m = m[m.split == spec.split]
+        about |= dict(engine=ENGINE, threads=training_threads(), seed=study.seed('model', name),
+                      images=m.sha256.tolist(), captions=m.caption.tolist())
+    elif spec.type == 'local':
+        upscaler = folder_sha256(study.path(spec.upscaler)) if spec.upscaler else ''
+        about |= dict(files=folder_sha256(study.path(spec.input)), upscaler=upscaler)
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+
+# %% ../nbs/02_models.ipynb #ac6a26a7
+def kept_whole(kept    # build/models/KEY
+              ) -> bool:
+    "Whether a kept model is as it was when it was finished."
+    noted, folder = kept/'sha256', kept/'pipeline'
+    return noted.exists() and folder.is_dir() and folder_sha256(folder) == noted.read_text()
 
 def link_tree(a,   # a folder
               b    # its copy, made
@@ -72,77 +225,112 @@ def link_tree(a,   # a folder
             to.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(f, to)
 
-def bring(study: Study,   # the study
-          name: str,      # under models
-          work,           # folder for unfinished things, kept when the run is killed
-          out             # filled
-         ):
-    "Fetch, copy or train one model."
-    spec = study.models[name]
-    if spec.kind in MINIS: MINIS[spec.kind](load_set(study.path(spec.input), spec.split), spec, derive_seed(study.study.seed, 'model', name), work, out)
-    elif spec.kind == 'hub':
-        fetch(spec, out)
-        if spec.upscaler: fetch(spec.upscaler, Path(out)/'upscaler')
-    else:
-        check_folder(study.path(spec.input))
-        unsafe, up = ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl', '*.py', '.cache', '.git'), Path(spec.upscaler or '.')
-        shutil.copytree(study.path(spec.input), out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*unsafe, *([up.relative_to(spec.input).parts[0]] if spec.upscaler else [])))
-        if spec.upscaler: shutil.copytree(study.path(up), Path(out)/'upscaler', dirs_exist_ok=True, ignore=shutil.ignore_patterns(*unsafe))
-    origin = lambda s: dict(kind=spec.kind, repo=getattr(s, 'repo', ''), revision=getattr(s, 'revision', ''), variant=getattr(s, 'variant', ''))
-    write_atomic(Path(out)/'origin.json', json.dumps(origin(spec), indent=1)+'\n')
-    if spec.kind == 'hub' and spec.upscaler: write_atomic(Path(out)/'upscaler'/'origin.json', json.dumps(origin(spec.upscaler), indent=1)+'\n')
-    expected = getattr(spec, 'pipeline', '')
-    for folder in (Path(out), Path(out)/'upscaler'):
-        if folder.name != 'upscaler' or folder.exists(): check_folder(folder, upscaler=folder.name == 'upscaler')
-    if expected and (got := pipeline_class(out)[0].__name__) != expected: raise StudyError(f"models.{name}: the folder holds a {got}, and models.{name}.pipeline says {expected}")
+# %% ../nbs/02_models.ipynb #f078c08e
+_UNSAFE = ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl', '*.py', '.cache', '.git')      # never copied
 
+def _copy_local(study: Study,     # the study
+                spec: LocalSpec,  # the folders
+                out               # filled
+               ):
+    "Copy a pipeline, and the upscaler inside its folder if it has one, without pickles and code."
+    check_folder(study.path(spec.input))
+    inside = [Path(spec.upscaler).relative_to(spec.input).parts[0]] if spec.upscaler else []
+    shutil.copytree(study.path(spec.input), out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_UNSAFE, *inside))
+    if spec.upscaler:
+        shutil.copytree(study.path(spec.upscaler), Path(out)/'upscaler', dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns(*_UNSAFE))
+
+def _write_origin(folder,      # of a pipeline
+                  type_: str,  # of the model
+                  spec         # what it was brought from
+                 ):
+    "Note in a pipeline's folder where it came from; `kind` is the type, called so in models that were made before."
+    origin = dict(kind=type_, **{k: getattr(spec, k, '') for k in ('repo', 'revision', 'variant')})
+    write_atomic(Path(folder)/'origin.json', json.dumps(origin, indent=1)+'\n')
+
+# %% ../nbs/02_models.ipynb #d3ba67df
+def materialize(study: Study,   # the study
+                name: str,      # under models
+                work,           # folder for unfinished things, kept when the run is killed
+                out             # filled
+               ):
+    "Fetch, copy or train one model."
+    spec, out = study.models[name], Path(out)
+    if spec.type.startswith('mini_'):
+        import torch
+        from synthscale.mini_models import MINIS
+        torch.set_num_threads(training_threads())
+        images = load_set(study.path(spec.input), spec.split)
+        MINIS[spec.type](images, spec, study.seed('model', name), work, out)
+    elif spec.type == 'hub':
+        fetch(spec, out)
+        if spec.upscaler:
+            fetch(spec.upscaler, out/'upscaler')
+    else:
+        _copy_local(study, spec, out)
+    _write_origin(out, spec.type, spec)
+    if spec.type == 'hub' and spec.upscaler:
+        _write_origin(out/'upscaler', spec.type, spec.upscaler)
+    check_folder(out)
+    if (out/'upscaler').exists():
+        check_folder(out/'upscaler', upscaler=True)
+    expected, got = getattr(spec, 'pipeline', ''), pipeline_class(out)[0].__name__
+    if expected and got != expected:
+        raise StudyError(f"models.{name}: the folder holds a {got}, and models.{name}.pipeline says {expected}")
+
+# %% ../nbs/02_models.ipynb #2eb9b263
 def build_model(study: Study,  # the study
                 name: str      # under models
                ) -> Path:      # models/NAME
-    "Bring one text-to-image model of the study to models/NAME; a killed run goes on where it was."
+    "Bring one text-to-image model to models/NAME, unless it is there; a killed run continues where it was."
     if name not in study.models: raise StudyError(f"no model {name!r} under models{nearest(name, study.models)}")
-    out, kept = study.path('models', name), study.path('build', 'models', model_key(study, name))
+    key, out, note = model_key(study, name), study.path('models', name), study.path('runs', 'models', f'{name}.json')
+    if made_before(note, key, out): return out
+    kept = study.path('build', 'models', key)
     if not kept_whole(kept):
         kept.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(kept/'pipeline', ignore_errors=True)
-        if study.models[name].kind != 'hub': shutil.rmtree(kept/'.new', ignore_errors=True)       # a download goes on with what it has
-        bring(study, name, kept, kept/'.new')
+        if study.models[name].type != 'hub':                   # a download continues with what it has
+            shutil.rmtree(kept/'.new', ignore_errors=True)
+        materialize(study, name, kept, kept/'.new')
         write_atomic(kept/'sha256', folder_sha256(kept/'.new'))
         (kept/'.new').rename(kept/'pipeline')
-        for f in kept.glob('*.safetensors'): f.unlink()
+        for state in kept.glob('*.safetensors'):               # of a training that is finished now
+            state.unlink()
     new = out.with_name(f'.{name}.tmp')
     shutil.rmtree(new, ignore_errors=True)
     link_tree(kept/'pipeline', new)
     replace_folder(new, out)
+    note_made(note, key, out)
     return out
 
-def kept_whole(kept    # build/models/KEY
-              ) -> bool:
-    "Whether a kept model is as it was when it was finished."
-    return (kept/'sha256').exists() and (kept/'pipeline').is_dir() and folder_sha256(kept/'pipeline') == (kept/'sha256').read_text()
-
 # %% ../nbs/02_models.ipynb #d0dc053b
-def model_card(study: Study,           # the study
-               name: str,              # under models
-               n: int = 1000           # images of each split
-              ) -> pd.DataFrame:       # a row a split; for a model that was not trained here a row with its class and origin
-    "Reconstruction error and loss of a model on the splits of its set."
-    from synthscale.minis import card
-    spec, folder = study.models[name], study.path('models', name)
-    if spec.kind not in MINIS: return pd.DataFrame([dict(model=name, pipeline=pipeline_class(folder)[0].__name__, **json.loads((folder/'origin.json').read_text()))])
-    every, rows = load_set(study.path(spec.input)), []
-    for split in every.manifest.split.unique():
-        i = np.flatnonzero(every.manifest.split == split)[:n]
-        rows.append(dict(model=name, split=split, trained_on=split == spec.split, **card(spec.kind, folder, every.images[i], every.manifest.caption.iloc[i].tolist()), n=len(i)))
-    return pd.DataFrame(rows)
-
 def model_parts(folder    # of a pipeline
-               ) -> pd.DataFrame:
+               ) -> pd.DataFrame:    # one row per part
     "Parameters and bytes on disk of each part of a pipeline."
     rows = []
     for p in sorted(q for q in Path(folder).iterdir() if q.is_dir()):
-        n = 0
+        n, size = 0, sum(f.stat().st_size for f in p.rglob('*') if f.is_file())
         for w in p.rglob('*.safetensors'):
-            with safe_open(w, 'pt') as f: n += sum(int(np.prod(f.get_slice(k).get_shape())) for k in f.keys())
-        rows.append(dict(part=p.name, parameters=n, kB=round(sum(f.stat().st_size for f in p.rglob('*') if f.is_file())/1000)))
+            with safe_open(w, 'pt') as f:
+                n += sum(int(np.prod(f.get_slice(k).get_shape())) for k in f.keys())
+        rows.append(dict(part=p.name, parameters=n, kB=round(size/1000)))
+    return pd.DataFrame(rows)
+
+# %% ../nbs/02_models.ipynb #f70cf3b7
+def model_card(study: Study,           # the study
+               name: str,              # under models
+               n: int = 1000           # images of each split
+              ) -> pd.DataFrame:       # one row per split; one row with class and origin if not trained here
+    "Reconstruction error and loss of a model on the splits of its set."
+    spec, folder = study.models[name], study.path('models', name)
+    if not spec.type.startswith('mini_'):
+        origin = json.loads((folder/'origin.json').read_text())
+        return pd.DataFrame([dict(model=name, pipeline=pipeline_class(folder)[0].__name__, **origin)])
+    from synthscale.mini_models import card
+    every, rows = load_set(study.path(spec.input)), []
+    for split in every.manifest.split.unique():
+        i = np.flatnonzero(every.manifest.split == split)[:n]
+        learned = card(spec.type, folder, every.images[i], every.manifest.caption.iloc[i].tolist())
+        rows.append(dict(model=name, split=split, trained_on=split == spec.split, **learned, n=len(i)))
     return pd.DataFrame(rows)

@@ -5,25 +5,38 @@
 # %% ../nbs/03_prompts.ipynb #2bf93a4c
 from __future__ import annotations
 import itertools
-from pathlib import Path
 import pandas as pd
-from .study import PromptSet, Study, StudyError, nearest, write_csv
+from .study import Ident, Key, Section, Study, StudyError, nearest, write_csv
 
 # %% auto #0
-__all__ = ['prompt_table', 'check_prompts', 'shared_prompts', 'read_prompts', 'write_prompts']
+__all__ = ['PromptSet', 'PromptsSection', 'prompt_table', 'check_prompts', 'shared_prompts', 'write_prompts', 'read_prompts']
+
+# %% ../nbs/03_prompts.ipynb #3e39e07b
+class PromptSet(Section):
+    "Every template with every filling, for each class; or prompts written out for each class."
+    templates: list[str] = []                  # {name}, any key of prompts.words, any key of fill
+    fill: dict[Ident, list[str]] = {}          # placeholder -> its fillings; all combinations are made
+    by_class: dict[str, list[str]] = {}        # class -> prompts, instead of templates
+
+class PromptsSection(Section):
+    "Prompt sets, and words about the classes that they use."
+    words: dict[Ident, dict[str, str]] = {}    # placeholder -> class -> words; `name` is the class's name, with spaces
+                                     # for _, unless it is given here
+    sets: dict[Key, PromptSet] = {}
 
 # %% ../nbs/03_prompts.ipynb #e843eecd
 def prompt_table(spec: PromptSet,  # from params.yaml
                  classes: list,    # class names, in label order
                  words: dict       # placeholder -> class -> words
                 ) -> pd.DataFrame: # class, label, prompt: classes in order
-    "Every prompt of a set, each once a class."
+    "Every prompt of a set, each once per class."
+    fills = [dict(zip(spec.fill, f)) for f in itertools.product(*spec.fill.values())]
     rows = []
     for label, c in enumerate(classes):
-        said = {'name': c.replace('_', ' '), **{w: t[c] for w, t in words.items() if c in t}}
-        fills = [dict(zip(spec.fill, f)) for f in itertools.product(*spec.fill.values())]
-        made = [t.format(**said, **f) for t in spec.templates for f in fills] if spec.templates else spec.by_class.get(c, [])
-        rows += [{'class': c, 'label': label, 'prompt': p} for p in dict.fromkeys(' '.join(p.split()) for p in made)]
+        about = {'name': c.replace('_', ' '), **{w: t[c] for w, t in words.items() if c in t}}
+        made = [t.format(**about, **f) for t in spec.templates for f in fills]
+        once = dict.fromkeys(' '.join(p.split()) for p in (made if spec.templates else spec.by_class.get(c, [])))
+        rows += [{'class': c, 'label': label, 'prompt': p} for p in once]
     return pd.DataFrame(rows, columns=['class', 'label', 'prompt'])
 
 # %% ../nbs/03_prompts.ipynb #6576ca91
@@ -31,44 +44,57 @@ def check_prompts(df: pd.DataFrame,  # class, label, prompt
                   name,              # of the set or its file, for errors
                   classes: list      # class names, in label order
                  ) -> pd.DataFrame:
-    "The table, after looking for what cannot be."
+    "The table itself, if every class has prompts and every row is right; otherwise raises `StudyError`."
     for c in ('class', 'label', 'prompt'):
         if c not in df: raise StudyError(f"{name}: column {c!r} is missing{nearest(c, df.columns)}")
     if not len(df): raise StudyError(f"{name}: the prompt set is empty")
     blank = df[df.prompt.isna() | (df.prompt.astype(str).str.strip() == '')]
-    if len(blank): raise StudyError(f"{name}: row {blank.index[0]+2}: the prompt of class {blank['class'].iloc[0]!r} is empty")
+    if len(blank):
+        raise StudyError(f"{name}: row {blank.index[0]+2}: the prompt of class {blank['class'].iloc[0]!r} is empty")
     for c in dict.fromkeys(df['class']):
         if c not in classes: raise StudyError(f"{name}: class {c!r} is none of the study's{nearest(c, classes)}")
     lost = [c for c in classes if c not in set(df['class'])]
-    if lost: raise StudyError(f"{name}: no prompt for class {lost[0]!r}" + (f" and {len(lost)-1} more" if len(lost) > 1 else ''))
+    if lost:
+        more = f" and {len(lost)-1} more" if len(lost) > 1 else ''
+        raise StudyError(f"{name}: no prompt for class {lost[0]!r}{more}")
     wrong = df[df.label != df['class'].map(classes.index)]
-    if len(wrong): raise StudyError(f"{name}: row {wrong.index[0]+2}: label {wrong.label.iloc[0]} is not that of class {wrong['class'].iloc[0]!r}")
+    if len(wrong):
+        label, c = wrong.label.iloc[0], wrong['class'].iloc[0]
+        raise StudyError(f"{name}: row {wrong.index[0]+2}: label {label} is not that of class {c!r}")
     return df
 
+# %% ../nbs/03_prompts.ipynb #356a03fa
 def shared_prompts(df: pd.DataFrame   # class, label, prompt
                   ) -> int:
-    "Prompts that stand for more than one class."
+    "How many prompts are used for more than one class."
     return int((df.groupby('prompt')['class'].nunique() > 1).sum())
 
+# %% ../nbs/03_prompts.ipynb #9ab770bb
+def write_prompts(study: Study   # the study
+                 ) -> pd.DataFrame:    # one row per set
+    "Write runs/prompts/NAME.csv for every prompt set; returns how many prompts each has."
+    folder, classes, rows = study.path('runs', 'prompts'), study.study.classes, []
+    folder.mkdir(parents=True, exist_ok=True)
+    for f in folder.glob('*.csv'):
+        if f.stem not in study.prompts.sets:
+            f.unlink()
+    for name, spec in study.prompts.sets.items():
+        df = check_prompts(prompt_table(spec, classes, study.prompts.words), f'prompts.sets.{name}', classes)
+        write_csv(folder/f'{name}.csv', df)
+        fewest = int(df.groupby('label').size().min())
+        rows.append(dict(prompt_set=name, prompts=len(df), fewest_per_class=fewest, shared=shared_prompts(df),
+                         example=df.prompt.iloc[0]))
+    return pd.DataFrame(rows, columns=['prompt_set', 'prompts', 'fewest_per_class', 'shared', 'example'])
+
+# %% ../nbs/03_prompts.ipynb #e84226b4
 def read_prompts(study: Study,  # the study
                  name: str      # under prompts.sets
-                ) -> pd.DataFrame:
+                ) -> pd.DataFrame:    # class, label, prompt
     "A prompt set as the stage wrote it, checked again: somebody may have edited the file."
     path = study.path('runs', 'prompts', f'{name}.csv')
     if not path.exists(): raise StudyError(f"{path}: no such file; 'dvc repro prompts' makes it")
-    try: df = pd.read_csv(path, dtype={'class': str, 'prompt': str}, keep_default_na=False)      # a class may be called 7, and a prompt 007
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise StudyError(f"{path}: not readable as CSV: {e}") from None
+    try:
+        df = pd.read_csv(path, dtype={'class': str, 'prompt': str}, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
+        raise StudyError(f"{path}: not readable as CSV: {e}") from None
     return check_prompts(df, path, study.study.classes)
-
-def write_prompts(study: Study   # the study
-                 ) -> pd.DataFrame:    # a row a set
-    "Write runs/prompts/NAME.csv for every prompt set; says how many prompts each has."
-    folder, rows = study.path('runs', 'prompts'), []
-    folder.mkdir(parents=True, exist_ok=True)
-    for f in folder.glob('*.csv'):
-        if f.stem not in study.prompts.sets: f.unlink()
-    for name, spec in study.prompts.sets.items():
-        df = check_prompts(prompt_table(spec, study.study.classes, study.prompts.words), f'prompts.sets.{name}', study.study.classes)
-        write_csv(folder/f'{name}.csv', df)
-        rows.append(dict(prompt_set=name, prompts=len(df), fewest_a_class=int(df.groupby('label').size().min()), shared=shared_prompts(df), example=df.prompt.iloc[0]))
-    return pd.DataFrame(rows, columns=['prompt_set', 'prompts', 'fewest_a_class', 'shared', 'example'])

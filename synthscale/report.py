@@ -5,49 +5,81 @@
 # %% ../nbs/09_report.ipynb #11e03a90
 from __future__ import annotations
 import itertools, json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Union
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from .laws import fit_table, with_n
+from .curves import curves_of
+from .laws import equivalent_table, fit_table, measured, with_n
+from .quality import scored_sets
 from .results import read_curves, summary
-from .study import Study, StudyError, write_atomic, write_csv
+from .study import Ident, Positive, Section, Study, StudyError, write_atomic, write_csv
 
 # %% auto #0
-__all__ = ['MARKERS', 'style', 'axes', 'save', 'plot_scaling', 'legend_below', 'plain_ticks', 'plot_exponents', 'plot_residuals',
+__all__ = ['ReportSection', 'labels_of', 'style', 'axes', 'save', 'plot_scaling', 'plot_exponents', 'plot_residuals',
            'plot_exchange', 'plot_mixing', 'plot_grid', 'factor_table', 'plot_guidance', 'plot_prompt_sets',
-           'plot_generators', 'plot_quality', 'class_means', 'plot_classes', 'plot_samples', 'headline', 'plot_table',
-           'make_report', 'predictions', 'law_figures', 'factor_figures', 'sample_figure', 'report_table']
+           'plot_generators', 'plot_quality', 'class_means', 'plot_classes', 'plot_samples', 'Tables', 'headline',
+           'predictions', 'cost_table', 'headline_curves', 'plot_table', 'make_report', 'report_table']
+
+# %% ../nbs/09_report.ipynb #4ce38288
+class ReportSection(Section):
+    "What the figures show; the tables hold every curve of the study anyway."
+    scaling: list[Ident] = []          # curves in the headline figure; [] for all curves of one set
+    mixing: list[Ident] = []           # curves that add synthetic images to a fixed number of real ones
+    grids: list[Ident] = []            # curves shown as n_real x n_synthetic
+    labels: dict[Ident, str] = {}      # curve, set or prompt set: words for it in figures
+    samples: list[Ident] = []          # sets shown as image grids
+    factors_n_images: Union[Positive, None] = None   # size at which guidance, prompt sets and quality are compared
+
+# %% ../nbs/09_report.ipynb #f09c806a
+def labels_of(study: Study    # the study
+             ) -> dict:       # curve, set or prompt set -> words
+    "Words for curves and sets in figures."
+    sources = study.raw.get('generate', {}).get('sources', {})
+    return {n: s['label'] for n, s in sources.items() if s.get('label')} | dict(study.report.labels)
 
 # %% ../nbs/09_report.ipynb #c9df7c20
-MARKERS = 'osD^vPX*<>'
+_MARKERS = 'osD^vPX*<>'
+
+def _colours(n):
+    "n colours. Seaborn takes seconds to import, so it is imported where something is plotted."
+    import seaborn as sns
+    return sns.color_palette('colorblind', n)
 
 def style(curves: list,          # in the order in which colours are given
           labels: dict = None    # curve -> words
          ) -> dict:              # curve -> dict(color, marker, label)
     "Colour, marker and label of each curve, the same in every figure."
-    colours = sns.color_palette('colorblind', max(len(curves), 1))
-    return {c: dict(color=colours[i], marker=MARKERS[i % len(MARKERS)], label=(labels or {}).get(c, c)) for i, c in enumerate(curves)}
+    styles = {}
+    for i, (c, colour) in enumerate(zip(curves, _colours(max(len(curves), 1)))):
+        styles[c] = dict(color=colour, marker=_MARKERS[i % len(_MARKERS)], label=(labels or {}).get(c, c))
+    return styles
 
+# %% ../nbs/09_report.ipynb #e695bc7e
 def axes(n=1,           # panels
-         width=5.2,     # inches a panel
-         height=3.9,    # inches a panel
+         width=5.2,     # inches per panel
+         height=3.9,    # inches per panel
          columns=None,  # panels in a row; None: all
          **kw           # for plt.subplots
         ):
     "A figure with n panels side by side, and its axes as a list."
-    sns.set_theme('paper', 'ticks', rc={'axes.spines.top': False, 'axes.spines.right': False, 'svg.hashsalt': 'synthscale'})
+    import seaborn as sns
+    own = {'axes.spines.top': False, 'axes.spines.right': False, 'svg.hashsalt': 'synthscale'}
+    sns.set_theme('paper', 'ticks', rc=own)
     columns = min(columns or n, n)
     rows = -(-n//columns)
-    fig, ax = plt.subplots(rows, columns, figsize=(width*columns, height*rows), squeeze=False, layout='constrained', **kw)
-    for a in ax.flat[n:]: a.axis('off')
+    size = (width*columns, height*rows)
+    fig, ax = plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained', **kw)
+    for a in ax.flat[n:]:
+        a.axis('off')
     return fig, list(ax.flat[:n])
 
 def save(fig,      # matplotlib figure
          path,     # file or folder
-         dpi=130   # pixels an inch
+         dpi=130   # pixels per inch
         ) -> Path:
     "Write a figure as PNG, the same bytes for the same figure."
     path = Path(path)
@@ -56,66 +88,94 @@ def save(fig,      # matplotlib figure
     plt.close(fig)
     return path
 
+def _figure(path,       # file
+            plot,       # one of the plot_ functions below
+            panels,     # what it gets after the axes, one tuple per panel
+            **kw        # for `axes`
+           ):
+    "A figure whose panels are plotted by the same function; none without panels."
+    if not panels: return
+    fig, several = axes(len(panels), **kw)
+    for ax, args in zip(several, panels):
+        plot(ax, *args)
+    save(fig, path)
+
 # %% ../nbs/09_report.ipynb #9bfe3ea0
+def _loss(means, curve, test_set, by):
+    "The mean losses of one curve on one test set, in the order of a column."
+    m = means[(means.curve == curve) & (means.test_set == test_set) & (means.metric == 'loss')]
+    return m.sort_values(by)
+
+def _errors(m, up=np.inf):
+    "Distances to both ends of an interval; none reaches below 2 % of the mean, or `up` times the mean above it."
+    spans = np.array([m['mean']-m.ci_lo, m.ci_hi-m['mean']])
+    return np.nan_to_num(np.clip(spans, 0, m['mean'].to_numpy()*np.array([[.98], [up]])))
+
+def _line(l, n):
+    "The straight line of a row of laws.csv."
+    return l.loss_mid*(n/l.n_mid)**-l.k
+
+def _plot_curve(ax, m, law, forecast, look):
+    "One curve of `plot_scaling`."
+    ax.errorbar(m.n, m['mean'], _errors(m, 9), fmt='none', ecolor=look['color'], elinewidth=1, capsize=2)
+    label = look['label']
+    if law is None:
+        ax.plot(m.n, m['mean'], color=look['color'], lw=.8, ls=':')
+    else:
+        x = np.geomspace(law.n_lo, law.n_hi, 50)
+        ax.plot(x, _line(law, x), color=look['color'], lw=1.2)
+        label += f'   k = {law.k:.2f}' + (f' [{law.ci_lo:.2f}, {law.ci_hi:.2f}]' if np.isfinite(law.ci_lo) else '')
+    if forecast is not None:
+        forecast = forecast.sort_values('n')
+        ax.plot(forecast.n, forecast.loss, color=look['color'], ls='--', lw=1)
+        ax.fill_between(forecast.n, forecast.ci_lo, forecast.ci_hi, color=look['color'], alpha=.13, lw=0)
+    full = ~m.compute_limited.to_numpy()
+    ax.plot(m.n[full], m['mean'][full], ls='', marker=look['marker'], color=look['color'], label=label)
+    ax.plot(m.n[~full], m['mean'][~full], ls='', marker=look['marker'], mfc='white', mec=look['color'])
+
+# %% ../nbs/09_report.ipynb #2ea4d717
 def plot_scaling(ax,                   # matplotlib axes
                  means: pd.DataFrame,  # rows as in summary.csv, with a column n
-                 laws: pd.DataFrame,   # rows as in laws.csv
+                 laws: pd.DataFrame,   # rows as in laws.csv, of the loss
                  test_set: str,        # name of the test split
-                 looks: dict,          # from `style`
+                 styles: dict,         # from `style`
                  forecasts=None        # rows as in forecasts.csv: a dashed line and a band beyond the last size
                 ):
-    "Loss against n_images for each curve in `looks`, with its fitted line and, clearly apart, its forecast."
-    for c, look in looks.items():
-        m = means[(means.curve == c) & (means.test_set == test_set) & (means.metric == 'loss')].sort_values('n')
+    "Loss against n_images for each curve in `styles`, with its fitted line and, clearly apart, its forecast."
+    for c, look in styles.items():
+        m = _loss(means, c, test_set, 'n')
         if not len(m): continue
-        err = np.clip(np.array([m['mean']-m.ci_lo, m.ci_hi-m['mean']]), 0, m['mean'].to_numpy()*np.array([[.98], [9]]))
-        ax.errorbar(m.n, m['mean'], np.nan_to_num(err), fmt='none', ecolor=look['color'], elinewidth=1, capsize=2)
         law = laws[(laws.curve == c) & (laws.test_set == test_set)] if len(laws) else laws
-        label = look['label']
-        if len(law):
-            l = law.iloc[0]
-            x = np.geomspace(l.n_lo, l.n_hi, 50)
-            ax.plot(x, l.loss_mid*(x/l.n_mid)**-l.k, color=look['color'], lw=1.2)
-            label += f'   k = {l.k:.2f}' + (f' [{l.ci_lo:.2f}, {l.ci_hi:.2f}]' if np.isfinite(l.ci_lo) else '')
-        else: ax.plot(m.n, m['mean'], color=look['color'], lw=.8, ls=':')
-        if forecasts is not None:
-            f = forecasts[(forecasts.curve == c) & (forecasts.test_set == test_set)].sort_values('n')
-            ax.plot(f.n, f.loss, color=look['color'], ls='--', lw=1)
-            ax.fill_between(f.n, f.ci_lo, f.ci_hi, color=look['color'], alpha=.13, lw=0)
-        full = ~m.compute_limited.to_numpy()
-        ax.plot(m.n[full], m['mean'][full], ls='', marker=look['marker'], color=look['color'], label=label)
-        ax.plot(m.n[~full], m['mean'][~full], ls='', marker=look['marker'], mfc='white', mec=look['color'])
+        ahead = None if forecasts is None else forecasts[(forecasts.curve == c) & (forecasts.test_set == test_set)]
+        _plot_curve(ax, m, law.iloc[0] if len(law) else None, ahead, look)
     ax.set(xscale='log', yscale='log', xlabel='training images', ylabel=f'loss on {test_set}')
-    plain_ticks(ax)
-    legend_below(ax)
+    _plain_ticks(ax)
+    _legend_below(ax)
 
-def legend_below(ax,        # matplotlib axes
-                 **kw       # for legend
-                ):
+def _legend_below(ax, **kw):
     "The legend under the axes, where it hides no point."
     ax.legend(frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(0, -.16), borderaxespad=0, **kw)
 
-def plain_ticks(ax   # matplotlib axes
-               ):
+def _plain_ticks(ax):
     "Decimal numbers on the loss axis, at 1, 2 and 5."
     ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(10, (1, 2, 5)))
     ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f'{v:g}'))
     ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 # %% ../nbs/09_report.ipynb #950e3dfb
-def plot_exponents(ax,       # matplotlib axes
-                   laws,     # rows as in laws.csv
-                   tests,    # names of test splits
-                   looks     # from `style`
+def plot_exponents(ax,     # matplotlib axes
+                   laws,   # rows as in laws.csv, of the loss
+                   tests,  # names of test splits
+                   styles  # from `style`
                   ):
-    "k of every curve with its interval, a colour a test split."
+    "k of every curve with its interval, one colour per test split."
     names = list(dict.fromkeys(laws.curve))
-    for i, (t, colour) in enumerate(zip(tests, sns.color_palette('colorblind', len(tests)))):
+    for i, (t, colour) in enumerate(zip(tests, _colours(len(tests)))):
         l = laws[laws.test_set == t].set_index('curve').reindex(names)
         y = np.arange(len(names))+.2*(i-(len(tests)-1)/2)
         err = np.nan_to_num(np.clip(np.array([l.k-l.ci_lo, l.ci_hi-l.k]), 0, None))
-        ax.errorbar(l.k, y, xerr=err, fmt=MARKERS[i], color=colour, capsize=2, ms=4, label=t)
-    ax.set_yticks(range(len(names)), [looks[c]['label'] for c in names])
+        ax.errorbar(l.k, y, xerr=err, fmt=_MARKERS[i], color=colour, capsize=2, ms=4, label=t)
+    ax.set_yticks(range(len(names)), [styles[c]['label'] for c in names])
     ax.invert_yaxis()
     ax.axvline(0, color='.6', lw=.8)
     ax.set(xlabel='k')
@@ -123,55 +183,60 @@ def plot_exponents(ax,       # matplotlib axes
 
 def plot_residuals(ax,        # matplotlib axes
                    means,     # rows as in summary.csv, with a column n
-                   laws,      # rows as in laws.csv
+                   laws,      # rows as in laws.csv, of the loss
                    test_set,  # name of the test split
-                   looks      # from `style`
+                   styles     # from `style`
                   ):
     "Mean loss over the straight line of its curve."
     for l in laws[laws.test_set == test_set].itertuples():
-        m = means[(means.curve == l.curve) & (means.test_set == test_set) & (means.metric == 'loss') & means.n.between(l.n_lo, l.n_hi)].sort_values('n')
-        ax.plot(m.n, m['mean']/(l.loss_mid*(m.n/l.n_mid)**-l.k), marker=looks[l.curve]['marker'], color=looks[l.curve]['color'], ms=4, lw=.8, label=looks[l.curve]['label'])
+        m, look = _loss(means[means.n.between(l.n_lo, l.n_hi)], l.curve, test_set, 'n'), styles[l.curve]
+        ax.plot(m.n, m['mean']/_line(l, m.n), ms=4, lw=.8, **look)
     ax.axhline(1, color='.6', lw=.8)
     ax.set(xscale='log', xlabel='training images', ylabel=f'loss on {test_set} / straight line')
-    legend_below(ax)
+    _legend_below(ax)
 
+# %% ../nbs/09_report.ipynb #da4a7803
 def plot_exchange(ax,        # matplotlib axes
                   exchange,  # rows as in exchange.csv
                   test_set,  # name of the test split
-                  looks      # from `style`
+                  styles     # from `style`
                  ):
-    "Images of one curve per image of the other, at equal loss; each pair in the marker of the curve that pays and the colour of its place."
-    pairs = exchange[exchange.test_set == test_set].groupby(['real', 'synthetic'], sort=False)
-    for colour, ((a, b), g) in zip(sns.color_palette('colorblind', len(pairs)), pairs):
+    "Images of one curve per image of the other, at equal loss; each pair in the marker of the second curve."
+    at_each = exchange[(exchange.test_set == test_set) & (exchange.loss_of == 'real')]
+    pairs = at_each.groupby(['real', 'synthetic'], sort=False)
+    for colour, ((a, b), g) in zip(_colours(len(pairs)), pairs):
         g = g.dropna(subset='rate').sort_values('n_real')
         e = g[g.bound == '=']
         err = np.nan_to_num(np.clip(np.array([e.rate-e.ci_lo, e.ci_hi-e.rate], float), 0, None))
-        ax.errorbar(e.n_real, e.rate, err, color=colour, marker=looks[b]['marker'], ms=4, capsize=2, lw=1, label=f"{looks[b]['label']}\n    for one of {looks[a]['label']}")
+        label = f"{styles[b]['label']}\n    for one of {styles[a]['label']}"
+        ax.errorbar(e.n_real, e.rate, err, color=colour, marker=styles[b]['marker'], ms=4, capsize=2, lw=1, label=label)
         for bound, arrow in (('>', r'$\uparrow$'), ('<', r'$\downarrow$')):
             e = g[g.bound == bound]
             ax.plot(e.n_real, e.rate, marker=arrow, color=colour, ms=8, mew=.2, ls='')
-    ax.set(xscale='log', yscale='log', xlabel='images of the curve that is paid for', ylabel=f'images that pay for one of them ({test_set})')
-    legend_below(ax)
+    ax.set(xscale='log', yscale='log', xlabel='images of the curve that is paid for',
+           ylabel=f'images that pay for one of them ({test_set})')
+    _legend_below(ax)
 
 # %% ../nbs/09_report.ipynb #adb75440
 def plot_mixing(ax,                   # matplotlib axes
                 means: pd.DataFrame,  # rows as in summary.csv
                 mixing: list,         # names of mixed curves
                 test_set: str,        # name of the test split
-                looks: dict           # from `style`
+                styles: dict          # from `style`
                ):
     "Loss against the number of added artificial images; real images alone as a dashed line."
     for c in mixing:
-        m = means[(means.curve == c) & (means.test_set == test_set) & (means.metric == 'loss')].sort_values('n_synthetic')
+        m = _loss(means, c, test_set, 'n_synthetic')
         if not len(m): continue
-        look, alone = looks[c], m[m.n_synthetic == 0]
+        look, alone = styles[c], m[m.n_synthetic == 0]
         added = m[m.n_synthetic > 0]
-        err = np.clip(np.array([added['mean']-added.ci_lo, added.ci_hi-added['mean']]), 0, added['mean'].to_numpy()*.98)
-        ax.errorbar(added.n_synthetic, added['mean'], np.nan_to_num(err), color=look['color'], marker=look['marker'], capsize=2, label=look['label'], lw=1.2)
-        if len(alone): ax.axhline(alone['mean'].iloc[0], color=look['color'], ls='--', lw=1)
+        ax.errorbar(added.n_synthetic, added['mean'], _errors(added, .98), color=look['color'], marker=look['marker'],
+                    capsize=2, label=look['label'], lw=1.2)
+        if not len(alone): continue
+        ax.axhline(alone['mean'].iloc[0], color=look['color'], ls='--', lw=1)
     ax.set(xscale='log', yscale='log', xlabel='artificial images added', ylabel=f'loss on {test_set}')
-    plain_ticks(ax)
-    legend_below(ax, title='dashed: the real images alone', title_fontsize=8, alignment='left')
+    _plain_ticks(ax)
+    _legend_below(ax, title='dashed: the real images alone', title_fontsize=8, alignment='left')
 
 # %% ../nbs/09_report.ipynb #564f3d70
 def plot_grid(ax,                   # matplotlib axes
@@ -181,37 +246,58 @@ def plot_grid(ax,                   # matplotlib axes
               title=''              # words above
              ):
     "Mean loss over n_real x n_synthetic, as a heat map that shows its numbers."
-    m = means[(means.curve == curve) & (means.test_set == test_set) & (means.metric == 'loss')]
-    t = m.pivot(index='n_real', columns='n_synthetic', values='mean').sort_index(ascending=False)
-    sns.heatmap(t, ax=ax, cmap='cividis_r', annot=True, fmt='.2f', annot_kws=dict(size=8), cbar=False, linewidths=.3, norm=matplotlib.colors.LogNorm())
+    m = _loss(means, curve, test_set, 'n_real')
+    _heat_map(ax, m.pivot(index='n_real', columns='n_synthetic', values='mean').sort_index(ascending=False), 8,
+              cmap='cividis_r', norm=matplotlib.colors.LogNorm())
     ax.set(xlabel='artificial images', ylabel='real images', title=title)
+
+def _heat_map(ax, table, size, **kw):
+    "A table as colours with its numbers, row names upright."
+    import seaborn as sns
+    sns.heatmap(table, ax=ax, annot=True, fmt='.2f', annot_kws=dict(size=size), cbar=False, linewidths=.3, **kw)
     ax.tick_params(axis='y', rotation=0)
 
 # %% ../nbs/09_report.ipynb #77b4b806
+_SCORES = ['recognizability_real', 'recognizability_in_domain', 'diversity']
+_FACTORS = ['curve', 'set', 'model', 'prompt_set', 'guidance_scale', 'n_images', 'test_set', 'loss', 'ci_lo',
+            'ci_hi', *_SCORES]
+
 def factor_table(study: Study,           # the study
                  means: pd.DataFrame,    # rows as in summary.csv
-                 quality: pd.DataFrame   # rows as in quality.csv, or None
-                ) -> pd.DataFrame:       # a row a source and test set
-    "Loss at report.factors images of every curve that is made of one generated source alone, with its factors and its quality."
-    rows, made = [], study.generate.sources
-    judged = {} if quality is None else {s: g.set_index('metric').value for s, g in quality[quality['class'] == 'all'].groupby('source')}
-    by_set = {q.set: judged[n] for n, q in study.quality.sources.items() if n in judged}
-    for name, c in study.classify.curves.items():
-        if c.synthetic not in made or c.n_real != [0]: continue
-        s = made[c.synthetic]
-        at = means[(means.curve == name) & (means.metric == 'loss') & (means.n_images == study.report.factors)]
+                 quality: pd.DataFrame   # rows as in quality.csv, none where nothing was scored
+                ) -> pd.DataFrame:       # one row per source and test set
+    "Loss at report.factors_n_images images of every curve of a generated source alone, with its factors and quality."
+    rows, made, by_set = [], study.generate.sources, _scores(study, quality)
+    for name, c in curves_of(study).items():
+        if c.synthetic not in made or c.real: continue
+        s, values = made[c.synthetic], by_set.get(c.synthetic, {})
+        factors = dict(curve=name, set=c.synthetic)
+        factors |= dict(model=s.model, prompt_set=s.prompts, guidance_scale=s.guidance_scale)
+        factors |= {k: values.get(k, np.nan) for k in _SCORES}
+        at = means[(means.curve == name) & (means.metric == 'loss') & (means.n_images == study.report.factors_n_images)]
         for m in at.itertuples():
-            row = dict(curve=name, source=c.synthetic, model=s.model, prompt_set=s.prompts, guidance_scale=s.guidance_scale, n_images=m.n_images, test_set=m.test_set, loss=m.mean, ci_lo=m.ci_lo, ci_hi=m.ci_hi)
-            rows.append(row | {k: by_set.get(c.synthetic, {}).get(k, np.nan) for k in ('recognizability_real', 'recognizability_concept', 'diversity')})
-    return pd.DataFrame(rows, columns=['curve', 'source', 'model', 'prompt_set', 'guidance_scale', 'n_images', 'test_set', 'loss', 'ci_lo', 'ci_hi', 'recognizability_real', 'recognizability_concept', 'diversity'])
+            loss = dict(loss=m.mean, ci_lo=m.ci_lo, ci_hi=m.ci_hi)
+            rows.append(dict(factors, n_images=m.n_images, test_set=m.test_set, **loss))
+    return pd.DataFrame(rows, columns=_FACTORS)
 
+def _scores(study, quality):
+    "Image set -> its measures over all classes."
+    if not len(quality): return {}
+    scored = {s: g.set_index('metric').value for s, g in _overall(quality).groupby('set')}
+    return {n: scored[n] for n in scored_sets(study) if n in scored}
+
+def _overall(quality):
+    "The rows over all classes."
+    return quality[quality['class'] == 'all'] if len(quality) else quality
+
+# %% ../nbs/09_report.ipynb #66348dab
 def _bars(ax, x, g, **look):
     "Means with their intervals."
     err = np.nan_to_num(np.clip(np.array([g.loss-g.ci_lo, g.ci_hi-g.loss], float), 0, None))
     ax.errorbar(x, g.loss, err, capsize=2, **look)
 
 def _names(factors, labels=None):
-    "What a line or a place on an axis stands for: the prompt set, and the model where there are several."
+    "The name of a line or a place on an axis: the prompt set, and the model where there are several."
     words = factors.prompt_set.map(lambda p: (labels or {}).get(p, p))
     return words if factors.model.nunique() < 2 else factors.model+': '+words
 
@@ -220,33 +306,39 @@ def plot_guidance(ax,                      # matplotlib axes
                   test_set: str,           # name of the test split
                   labels: dict = None      # prompt set -> words
                  ):
-    "Loss at a fixed number of images against the guidance scale, a line a prompt set."
+    "Loss at a fixed number of images against the guidance scale, one line per prompt set."
     f = factors.assign(name=_names(factors, labels).to_numpy())
     f = f[f.test_set == test_set]
     lines = dict(tuple(f.groupby('name', sort=False)))
-    for i, (look, g) in enumerate(zip(style(list(lines)).values(), (g.sort_values('guidance_scale') for g in lines.values()))):
-        _bars(ax, g.guidance_scale*1.02**(i-(len(lines)-1)/2), g, color=look['color'], marker=look['marker'], label=look['label'], lw=1.2 if len(g) > 1 else 0, elinewidth=1)
+    for i, (name, look) in enumerate(style(list(lines)).items()):
+        g = lines[name].sort_values('guidance_scale')
+        apart = 1.02**(i-(len(lines)-1)/2)                       # so that intervals do not hide each other
+        _bars(ax, g.guidance_scale*apart, g, **look, lw=1.2 if len(g) > 1 else 0, elinewidth=1)
+    scales = sorted(f.guidance_scale.unique())
     ax.set(xscale='log', xlabel='guidance scale', ylabel=f'loss on {test_set} at {f.n_images.max():,} images')
-    ax.set_xticks(sorted(f.guidance_scale.unique()), [f'{v:g}' for v in sorted(f.guidance_scale.unique())])
+    ax.set_xticks(scales, [f'{v:g}' for v in scales])
     ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8, title='prompt set', title_fontsize=8)
 
+# %% ../nbs/09_report.ipynb #f290c8a0
 def plot_prompt_sets(ax,                      # matplotlib axes
                      factors: pd.DataFrame,   # as factor_table gives it
                      tests: list,             # names of splits
                      labels: dict = None      # prompt set -> words
                     ):
-    "Prompt sets side by side, drawn by the model that draws most of them, at the guidance scale that most of them share, on every split."
+    """Prompt sets side by side, of the model that most of them were generated with, at the guidance scale that most of
+    them share, on every split."""
     f = factors[factors.model == factors.groupby('model', sort=False).prompt_set.nunique().idxmax()]
     g = f.drop_duplicates('curve').guidance_scale.mode().min()
     f = f.assign(name=_names(f, labels).to_numpy())
     f = f[f.guidance_scale == g].drop_duplicates(['name', 'test_set'])
     sets = list(dict.fromkeys(f.name))
-    for i, (t, colour) in enumerate(zip(tests, sns.color_palette('colorblind', len(tests)))):
+    for i, (t, colour) in enumerate(zip(tests, _colours(len(tests)))):
         s = f[f.test_set == t].set_index('name').loc[sets]
-        _bars(ax, np.arange(len(sets))+.15*(i-(len(tests)-1)/2), s, fmt=MARKERS[i], color=colour, label=t)
+        _bars(ax, np.arange(len(sets))+.15*(i-(len(tests)-1)/2), s, fmt=_MARKERS[i], color=colour, label=t)
     ax.set_xticks(range(len(sets)), sets)
-    ax.set(ylabel=f'loss at {f.n_images.max():,} images', title=f'{f.model.iloc[0]}, guidance scale {g:g}', xlim=(-.5, len(sets)-.5))
+    ax.set(ylabel=f'loss at {f.n_images.max():,} images', title=f'{f.model.iloc[0]}, guidance scale {g:g}',
+           xlim=(-.5, len(sets)-.5))
     ax.legend(frameon=False, fontsize=8)
 
 def plot_generators(ax,                      # matplotlib axes
@@ -256,37 +348,48 @@ def plot_generators(ax,                      # matplotlib axes
     "Models side by side, at each guidance scale and with the prompt set that most of them share."
     f = factors[factors.test_set == test_set]
     shared = f.groupby('prompt_set').model.nunique().idxmax()
-    f = f[(f.prompt_set == shared) & f.guidance_scale.isin([g for g, r in f[f.prompt_set == shared].groupby('guidance_scale') if r.model.nunique() > 1])]
+    f = f[f.prompt_set == shared]
+    f = f[f.groupby('guidance_scale').model.transform('nunique') > 1]
     scales, models = sorted(f.guidance_scale.unique()), list(dict.fromkeys(f.model))
-    for i, (m, colour) in enumerate(zip(models, sns.color_palette('colorblind', len(models)))):
+    for i, (m, colour) in enumerate(zip(models, _colours(len(models)))):
         g = f[f.model == m].sort_values('guidance_scale')
-        _bars(ax, np.array([scales.index(s) for s in g.guidance_scale])+.12*(i-(len(models)-1)/2), g, fmt=MARKERS[i], color=colour, label=m)
+        x = np.array([scales.index(s) for s in g.guidance_scale])+.12*(i-(len(models)-1)/2)
+        _bars(ax, x, g, fmt=_MARKERS[i], color=colour, label=m)
     ax.set_xticks(range(len(scales)), [f'guidance {s:g}' for s in scales])
-    ax.set(ylabel=f'loss on {test_set} at {f.n_images.max():,} images', title=f'prompt set: {shared}', xlim=(-.5, len(scales)-.5))
+    ax.set(ylabel=f'loss on {test_set} at {f.n_images.max():,} images', title=f'prompt set: {shared}',
+           xlim=(-.5, len(scales)-.5))
     ax.legend(frameon=False, fontsize=8)
 
-def plot_quality(ax,                      # matplotlib axes
-                 factors: pd.DataFrame,   # as factor_table gives it
-                 judge: str,              # 'real' or 'concept'
-                 test_set: str            # name of the test split
+# %% ../nbs/09_report.ipynb #82cec254
+def plot_quality(ax,                     # matplotlib axes
+                 factors: pd.DataFrame,  # as factor_table gives it
+                 evaluator: str,         # 'real' or 'in_domain'
+                 test_set: str           # name of the test split
                 ):
-    "Recognizability against diversity of every source; the larger the circle, the larger the loss of a classifier trained on it."
+    "Recognizability against diversity of every source; the larger the circle, the larger the loss when trained on it."
     f = factors[factors.test_set == test_set].dropna(subset=['diversity'])
-    f = f.assign(name=_names(f).to_numpy())
+    f, y = f.assign(name=_names(f).to_numpy()), f'recognizability_{evaluator}'
     sets = list(dict.fromkeys(f.name))
-    colours = dict(zip(sets, sns.color_palette('colorblind', len(sets))))
-    for name, g in f.groupby('name', sort=False): ax.scatter(g.diversity, g[f'recognizability_{judge}'], s=220*(g.loss/f.loss.max())**2, color=colours[name], alpha=.8, label=name)
-    for h in ax.legend(frameon=False, fontsize=7, loc='lower left').legend_handles: h.set_sizes([40])
-    ax.set(xlabel='diversity', ylabel=f'recognizability, {judge} judge')
+    colours = dict(zip(sets, _colours(len(sets))))
+    for name, g in f.groupby('name', sort=False):
+        ax.scatter(g.diversity, g[y], s=220*(g.loss/f.loss.max())**2, color=colours[name], alpha=.8, label=name)
+    for h in ax.legend(frameon=False, fontsize=7, loc='lower left').legend_handles:
+        h.set_sizes([40])
+    ax.set(xlabel='diversity', ylabel=f'recognizability, {evaluator} evaluator')
     ax.margins(.18)
     ax.margins(y=.3)
     ax.autoscale_view()
+    _label_sources(ax, f, y)
+
+def _label_sources(ax, f, column):
+    "Guidance and loss beside every circle, from the top down, each at least a line below the one above."
     last = np.inf
-    for r in f.sort_values(f'recognizability_{judge}', ascending=False).itertuples():       # labels from the top down, none closer than a line to the one above
-        at = (r.diversity, getattr(r, f'recognizability_{judge}'))
+    for r in f.sort_values(column, ascending=False).itertuples():
+        at = (r.diversity, getattr(r, column))
         y = ax.transData.transform(at)[1]*72/ax.figure.dpi
         last = min(y+3, last-8.5)
-        ax.annotate(f'guidance {r.guidance_scale:g}: {r.loss:.2f}', at, xytext=(9, last-y), textcoords='offset points', fontsize=7)
+        words = f'guidance {r.guidance_scale:g}: {r.loss:.2f}'
+        ax.annotate(words, at, xytext=(9, last-y), textcoords='offset points', fontsize=7)
 
 # %% ../nbs/09_report.ipynb #fd006700
 def class_means(per_class: pd.DataFrame,  # rows as in per_class.parquet
@@ -294,7 +397,7 @@ def class_means(per_class: pd.DataFrame,  # rows as in per_class.parquet
                 test_set: str,            # name of the test split
                 metric: str = 'recall'    # which measurement
                ) -> pd.DataFrame:
-    "Mean over seeds, a row a size and a column a class."
+    "Mean over seeds, one row per size and one column per class."
     g = per_class[(per_class.curve == curve) & (per_class.test_set == test_set) & (per_class.metric == metric)]
     return g.pivot_table(index='n_images', columns='class', values='value', aggfunc='mean', sort=False).sort_index()
 
@@ -306,167 +409,253 @@ def plot_classes(ax,                       # matplotlib axes
                  title=''                  # words above
                 ):
     "Recall of each class against n, as a heat map that shows its numbers."
-    t = class_means(per_class, curve, test_set)[classes].T
-    sns.heatmap(t, ax=ax, vmin=0, vmax=1, cmap='cividis', annot=True, fmt='.2f', annot_kws=dict(size=6.5), cbar=False, linewidths=.3)
+    _heat_map(ax, class_means(per_class, curve, test_set)[classes].T, 6.5, cmap='cividis', vmin=0, vmax=1)
     ax.set(xlabel='training images', ylabel='', title=title)
-    ax.tick_params(axis='y', rotation=0)
 
 # %% ../nbs/09_report.ipynb #b7a31fa0
 def plot_samples(ax,        # matplotlib axes
-                 grid,      # uint8 array, ten images of each class, a row a class
+                 grid,      # uint8 array, ten images of each class, one row per class
                  title=''   # words above
                 ):
-    "The grid of images that the data stage made of a set; grey ones as ink on paper."
+    "The grid of images that the data stage made of a set."
     ax.imshow(255-grid if grid.ndim == 2 else grid, cmap='gray', vmin=0, vmax=255)
     ax.set_title(title, fontsize=9)
     ax.axis('off')
 
+# %% ../nbs/09_report.ipynb #86144424
+_TABLES = ('summary', 'laws', 'comparisons', 'added_data', 'model_selection', 'forecasts', 'exchange', 'crossovers',
+           'mixtures', 'quality', 'factors')
+
+@dataclass
+class Tables:
+    "The tables that a report is made of, as attributes (`tables.laws`); each is read when it is first needed."
+    folder: Path = None                          # results/ of a study; None: all others are empty
+    given: dict = field(default_factory=dict)    # name -> table, those that need not be read
+
+    def __getattr__(self, name):
+        if name not in _TABLES: raise AttributeError(f'no table {name!r}')
+        if name not in self.given:
+            self.given[name] = pd.DataFrame() if self.folder is None else self._read(name)
+        return self.given[name]
+
+    def _read(self, name):
+        path = Path(self.folder)/f'{name}.csv'
+        if not path.exists(): raise StudyError(f"{path}: no such file; 'dvc repro' makes it")
+        return pd.read_csv(path)
+
+    @property
+    def means(self):
+        "The summary with a column n."
+        return with_n(self.summary)
+
+    def of_loss(self, name):
+        "The rows of `laws` or `comparisons` that are about the loss."
+        t = getattr(self, name)
+        return t[t.metric == 'loss']
+
 # %% ../nbs/09_report.ipynb #bf100d10
-def headline(means,         # rows as in summary.csv
-             laws,          # rows as in laws.csv
-             comparisons,   # rows as in comparisons.csv
-             worths,        # rows as in worth.csv
-             gains=None,    # rows as in gains.csv
-             quality=None,  # rows as in quality.csv
-             choices=None,  # rows as in choices.csv
-             factors=None   # as factor_table gives it
-            ) -> dict:
-    "A few numbers of the study, rounded to what their intervals support."
-    r = lambda v, d=3: None if pd.isna(v) else round(float(v), d)
-    out = {'k': {}, 'smallest': {}, 'largest': {}, 'difference_of_k': {}, 'worth': {}, 'gain': {}, 'quality': {}}
-    for l in laws.itertuples(): out['k'].setdefault(l.curve, {})[l.test_set] = dict(k=r(l.k), ci_lo=r(l.ci_lo), ci_hi=r(l.ci_hi))
-    ends = means[means.metric.isin(['loss', 'top1'])].groupby(['curve', 'test_set'], sort=False)
-    for (c, t), g in ends:
-        for end, n in (('smallest', g.n_images.min()), ('largest', g.n_images.max())):
-            out[end].setdefault(c, {})[t] = dict(n_images=int(n)) | {m: r(v) for m, v in g[g.n_images == n].set_index('metric')['mean'].items()}
-    for d in comparisons.itertuples(): out['difference_of_k'].setdefault(f'{d.a}-{d.b}', {})[d.test_set] = dict(difference=r(d.difference), ci_lo=r(d.ci_lo), ci_hi=r(d.ci_hi), verdict=d.verdict)
-    for w in worths.itertuples(): out['worth'].setdefault(f'{w.curve} in {w.in_images_of}', {})[w.test_set] = dict(n=int(w.n), worth=r(w.worth, 1), ci_lo=r(w.ci_lo, 1), ci_hi=r(w.ci_hi, 1), bound=w.bound)
-    several = gains.groupby('curve').n_real.nunique() if gains is not None else {}      # a grid has gains at several numbers of real images
-    for g in (gains if gains is not None else pd.DataFrame()).itertuples():
-        out['gain'].setdefault(g.curve, {}).setdefault(g.test_set, {})[str(g.n_synthetic) if several[g.curve] == 1 else f'{g.n_real}+{g.n_synthetic}'] = dict(ratio=r(g.ratio), ci_lo=r(g.ci_lo), ci_hi=r(g.ci_hi), verdict=g.verdict)
-    for c in (choices if choices is not None else pd.DataFrame()).itertuples():
-        out.setdefault('choices', {}).setdefault(c.choice, {})[c.curve] = dict(n_images=int(c.n_images), validation_loss=r(c.value), ratio=r(c.ratio), ci_lo=r(c.ci_lo), ci_hi=r(c.ci_hi), chosen=bool(c.chosen), best=bool(c.best))
-    for f in (factors if factors is not None else pd.DataFrame()).itertuples():
-        out.setdefault('factors', {}).setdefault(f.curve, {})[f.test_set] = dict(n_images=int(f.n_images), loss=r(f.loss), ci_lo=r(f.ci_lo), ci_hi=r(f.ci_hi))
-    if quality is not None:
-        for q in quality[quality['class'] == 'all'].itertuples(): out['quality'].setdefault(q.source, {})[q.metric] = r(q.value)
+def _number(v, digits=3):
+    "A number as JSON has it: rounded, null where there is none."
+    return None if pd.isna(v) else round(float(v), digits)
+
+def _numbers(row, *names, digits=3):
+    "Some columns of a row, rounded."
+    return {n: _number(getattr(row, n), digits) for n in names}
+
+def _nested(table,    # one row per entry
+            keys,     # row -> its two keys
+            entry     # row -> what is found under them
+           ) -> dict:
+    "Outer key -> inner key -> entry, in the order of the rows."
+    out = {}
+    for r in table.itertuples():
+        outer, inner = keys(r)
+        out.setdefault(outer, {})[inner] = entry(r)
     return out
 
+def _curve_test(r):
+    "The keys of most entries."
+    return r.curve, r.test_set
+
+def headline(t: Tables    # of a study; those that are empty have no entries
+            ) -> dict:
+    "A few numbers of the study, rounded to what their intervals support."
+    out = dict(k=_nested(t.of_loss('laws'), _curve_test, lambda l: _numbers(l, 'k', 'ci_lo', 'ci_hi')),
+               smallest=_ends(t.means, 'min'), largest=_ends(t.means, 'max'),
+               difference_of_k=_differences(t.of_loss('comparisons')),
+               equivalent_images=_equivalents(t.exchange), added_data=_added(t.added_data),
+               quality=_nested(_overall(t.quality), lambda q: (q.set, q.metric), lambda q: _number(q.value)))
+    more = dict(model_selection=_selections(t.model_selection), factors=_nested(t.factors, _curve_test, _sized))
+    return out | {k: v for k, v in more.items() if v}
+
+def _sized(r):
+    "A loss with its interval and its number of images."
+    return dict(n_images=int(r.n_images), **_numbers(r, 'loss', 'ci_lo', 'ci_hi'))
+
+# %% ../nbs/09_report.ipynb #2236eb7d
+def _ends(means, which):
+    "Loss and top-1 accuracy at the smallest or the largest size of every curve."
+    out = {}
+    for (c, t), g in means[means.metric.isin(['loss', 'top1'])].groupby(['curve', 'test_set'], sort=False):
+        n = getattr(g.n_images, which)()
+        values = g[g.n_images == n].set_index('metric')['mean']
+        out.setdefault(c, {})[t] = dict(n_images=int(n)) | {m: _number(v) for m, v in values.items()}
+    return out
+
+def _differences(comparisons):
+    "Differences of exponents."
+    def entry(d):
+        return _numbers(d, 'difference', 'ci_lo', 'ci_hi') | dict(verdict=d.verdict)
+    return _nested(comparisons, lambda d: (f'{d.a}-{d.b}', d.test_set), entry)
+
+def _equivalents(exchange):
+    "How many real images reach the loss of an artificial curve at its largest size: exchange.csv, its rate inverted."
+    def entry(e):
+        bound = {'<': '>', '>': '<'}.get(e.bound, e.bound)
+        return dict(n=int(e.n_synthetic), equivalent_images=_number(e.n_real, 1),
+                    ci_lo=_number(e.n_synthetic/e.ci_hi, 1), ci_hi=_number(e.n_synthetic/e.ci_lo, 1), bound=bound)
+    top = exchange[exchange.loss_of == 'synthetic'] if len(exchange) else exchange
+    return _nested(top, lambda e: (f'{e.synthetic} in {e.real}', e.test_set), entry)
+
+def _added(added_data):
+    "Ratios of losses; a grid has ratios at several numbers of real images, so that its keys have both numbers."
+    out, several = {}, added_data.groupby('curve').n_real.nunique() if len(added_data) else {}
+    for g in added_data.itertuples():
+        key = str(g.n_synthetic) if several[g.curve] == 1 else f'{g.n_real}+{g.n_synthetic}'
+        entry = _numbers(g, 'ratio', 'ci_lo', 'ci_hi') | dict(verdict=g.verdict)
+        out.setdefault(g.curve, {}).setdefault(g.test_set, {})[key] = entry
+    return out
+
+def _selections(selections):
+    "The candidates of every selection."
+    def entry(c):
+        ratio = _numbers(c, 'ratio', 'ci_lo', 'ci_hi')
+        return dict(n_images=int(c.n_images), validation_loss=_number(c.value), **ratio,
+                    selected=bool(c.selected), best=bool(c.best))
+    return _nested(selections, lambda c: (c.selection, c.curve), entry)
+
+# %% ../nbs/09_report.ipynb #a9ba528e
+def predictions(t: Tables   # of a study
+               ) -> dict:
+    "The quotable numbers of the forecasts, at four times the largest size, of the crossovers and of the mixture laws."
+    def crossed(c):
+        return dict(lower=c.lower, below=int(c.below), p_never=_number(c.p_never), n=_number(c.n, 0))
+    def mixture(m):
+        rho = dict(rho=_number(m.rho, 5), ci_lo=_number(m.rho_lo, 5), ci_hi=_number(m.rho_hi, 5))
+        return rho | dict(verdict=m.verdict) | _numbers(m, 'next_real', 'next_synthetic')
+    f = t.forecasts.rename(columns=dict(n='n_images'))
+    last = f.loc[f.groupby(['curve', 'test_set']).n_images.idxmax()].sort_index() if len(f) else f
+    return dict(forecast=_nested(last, _curve_test, _sized),
+                crossover=_nested(t.crossovers, lambda c: (f'{c.a}-{c.b}', c.test_set), crossed),
+                mixture=_nested(t.mixtures, _curve_test, mixture))
+
+# %% ../nbs/09_report.ipynb #e0000002
+_COSTS = ['stage', 'name', 'cpu_s', 'wall_s', 'peak_mb', 'points_cpu_s', 'cores', 'machine', 'python']
+
+def _points_cost(file):
+    "CPU seconds of the points of a curve; NaN where one of them was not recorded."
+    if not file.exists(): return np.nan
+    made = [json.loads(line)['made'].get('cpu_s') for line in file.read_text().splitlines()]
+    return float(np.sum([np.nan if s is None else s for s in made]))
+
+def cost_table(study: Study         # the study
+              ) -> pd.DataFrame:    # one row per stage and name
+    "What the stages of a study cost when they last ran, and the points of its curves when they were trained."
+    rows = []
+    for p in sorted(study.path('runs', 'costs').glob('*.json')):
+        stage, _, name = p.stem.partition('-')
+        points = _points_cost(study.path('runs', 'classify', name, 'points.jsonl')) if stage == 'classify' else np.nan
+        rows.append(dict(json.loads(p.read_text()), stage=stage, name=name, points_cpu_s=points))
+    return pd.DataFrame(rows, columns=_COSTS)
+
 # %% ../nbs/09_report.ipynb #bf480310
-def _table(study, name, columns=()):
-    path = study.path('results', name)
-    if not path.exists(): raise StudyError(f"{path}: no such file; 'dvc repro' makes it")
-    try: return pd.read_csv(path)
-    except pd.errors.EmptyDataError: return pd.DataFrame(columns=list(columns))
+def headline_curves(study: Study    # the study
+                   ) -> list:       # names
+    "The curves of the headline figure: those of report.scaling, or all of one set."
+    return list(study.report.scaling) or [n for n, c in curves_of(study).items() if not (c.real and c.synthetic)]
 
 def plot_table(means: pd.DataFrame,  # rows as in summary.csv
                curves: list,         # names of curves
                tests: list           # names of test splits
               ) -> pd.DataFrame:
-    "Mean loss, a row a curve, size and test set: what `dvc plots` draws."
+    "Mean loss, one row per curve, size and test set: what `dvc plots` shows."
     m = means[means.curve.isin(curves) & means.test_set.isin(tests) & (means.metric == 'loss')]
-    return m[['curve', 'test_set', 'n_images', 'mean']].rename(columns=dict(mean='loss')).sort_values(['curve', 'test_set', 'n_images'])
+    m = m[['curve', 'test_set', 'n_images', 'mean']].rename(columns=dict(mean='loss'))
+    return m.sort_values(['curve', 'test_set', 'n_images'])
 
+# %% ../nbs/09_report.ipynb #87db610e
 def make_report(study: Study   # the study
                ) -> dict:
-    "Write every figure to figures/, headline.json, factors.csv and the table that `dvc plots` draws to results/; returns the headline."
-    rep, tests = study.report, study.classify.eval.tested
-    means = with_n(_table(study, 'summary.csv'))
-    laws, comparisons, worths, gains, forecasts, exchange, crossovers, mixtures = (_table(study, f'{n}.csv', ['curve']) for n in ('laws', 'comparisons', 'worth', 'gains', 'forecasts', 'exchange', 'crossovers', 'mixtures'))
-    looks = style(list(dict.fromkeys([*rep.scaling, *rep.mixing, *study.classify.curves])), rep.labels)      # the curves of the headline figure get the first colours
-    figures = study.path('figures')
-    for t in tests:
-        fig, (ax,) = axes(height=4.4)
-        plot_scaling(ax, means, laws, t, {c: looks[c] for c in rep.scaling}, forecasts)
-        save(fig, figures/f'scaling_{t}.png')
-    write_csv(study.path('results', 'plot_loss.csv'), plot_table(means, rep.scaling, tests))
-    law_figures(means, laws, exchange, tests, looks, rep.scaling, figures)
-    if rep.mixing:
-        fig, panels = axes(len(tests), height=4.4)
-        for ax, t in zip(panels, tests): plot_mixing(ax, means, rep.mixing, t, looks)
-        save(fig, figures/'mixing.png')
-    if rep.grids:
-        fig, panels = axes(len(rep.grids)*len(tests), 4.2, 3)
-        for ax, (c, t) in zip(panels, itertools.product(rep.grids, tests)): plot_grid(ax, means, c, t, f'{looks[c]["label"]}: loss on {t}')
-        save(fig, figures/'grid.png')
-    per_class = pd.read_parquet(study.path('results', 'per_class.parquet'))
-    fig, panels = axes(len(rep.scaling), 4.6, 3.6, columns=3)
-    for ax, c in zip(panels, rep.scaling): plot_classes(ax, per_class, c, tests[0], study.study.classes, f'{looks[c]["label"]}: recall on {tests[0]}')
-    save(fig, figures/'per_class_recall.png')
-    sample_figure(study, figures/'samples.png')
-    quality = pd.read_csv(study.path('results', 'quality.csv')) if study.quality.sources else None
-    factors = factor_table(study, means, quality)
-    write_csv(study.path('results', 'factors.csv'), factors)
-    if len(factors): factor_figures(study, factors, figures)
-    h = headline(means, laws, comparisons, worths, gains, quality, _table(study, 'choices.csv'), factors) | predictions(forecasts, crossovers, mixtures)
-    write_atomic(study.path('results', 'headline.json'), json.dumps(h, indent=1)+'\n')
+    "Write the figures, and headline.json, factors.csv, costs.csv and plot_loss.csv to results/; returns the headline."
+    rep, results = study.report, study.path('results')
+    t, labels, scaling = Tables(results), labels_of(study), headline_curves(study)
+    factors = t.given['factors'] = factor_table(study, t.means, t.quality)
+    styles = style(list(dict.fromkeys([*scaling, *rep.mixing, *curves_of(study)])), labels)
+    _loss_figures(study, t, styles)
+    _law_figures(study, t, styles)
+    _class_figure(study, styles)
+    _sample_figure(study)
+    _factor_figures(study, factors)
+    write_csv(results/'plot_loss.csv', plot_table(t.means, scaling, study.classify.eval.tested))
+    write_csv(results/'factors.csv', factors)
+    write_csv(results/'costs.csv', cost_table(study))
+    h = headline(t) | predictions(t)
+    write_atomic(results/'headline.json', json.dumps(h, indent=1)+'\n')
     return h
 
-def predictions(forecasts,    # rows as in forecasts.csv
-                crossovers,   # rows as in crossovers.csv
-                mixtures      # rows as in mixtures.csv
-               ) -> dict:
-    "The quotable numbers of the forecasts, at four times the largest size, of the crossovers and of the mixture laws."
-    r = lambda v, d=3: None if pd.isna(v) else round(float(v), d)
-    out = {'forecast': {}, 'crossover': {}, 'mixture': {}}
-    for f in forecasts.loc[forecasts.groupby(['curve', 'test_set']).n.idxmax()].sort_index().itertuples() if len(forecasts) else ():
-        out['forecast'].setdefault(f.curve, {})[f.test_set] = dict(n_images=int(f.n), loss=r(f.loss), ci_lo=r(f.ci_lo), ci_hi=r(f.ci_hi))
-    for c in crossovers.itertuples(): out['crossover'].setdefault(f'{c.a}-{c.b}', {})[c.test_set] = dict(lower=c.lower, below=int(c.below), p_never=r(c.p_never), n=r(c.n, 0))
-    for m in mixtures.itertuples(): out['mixture'].setdefault(m.curve, {})[m.test_set] = dict(rho=r(m.rho, 5), ci_lo=r(m.rho_lo, 5), ci_hi=r(m.rho_hi, 5), verdict=m.verdict, next_real=r(m.next_real), next_synthetic=r(m.next_synthetic))
-    return out
+# %% ../nbs/09_report.ipynb #bc5f7ae1
+def _loss_figures(study, t, styles):
+    "The headline figure of each test split, and real and artificial images together."
+    rep, tests, figures, means = study.report, study.classify.eval.tested, study.path('figures'), t.means
+    shown = {c: styles[c] for c in headline_curves(study)}
+    for test in tests:
+        panel = (means, t.of_loss('laws'), test, shown, t.forecasts)
+        _figure(figures/f'scaling_{test}.png', plot_scaling, [panel], height=4.4)
+    if rep.mixing:
+        _figure(figures/'mixing.png', plot_mixing, [(means, rep.mixing, test, styles) for test in tests], height=4.4)
+    both = itertools.product(rep.grids, tests)
+    panels = [(means, c, test, f"{styles[c]['label']}: loss on {test}") for c, test in both]
+    _figure(figures/'grid.png', plot_grid, panels, width=4.2, height=3)
 
-def law_figures(means,      # rows as in summary.csv, with a column n
-                laws,       # rows as in laws.csv
-                exchange,   # rows as in exchange.csv
-                tests,      # names of test splits
-                looks,      # from `style`
-                scaling,    # curves of the headline figure: residuals and exchange rates are theirs
-                figures     # folder
-               ):
-    "Exponents, residuals and exchange rates, each a figure."
+def _law_figures(study, t, styles):
+    "Exponents, residuals and exchange rates; the last two of the curves of the headline figure."
+    scaling, tests, figures = headline_curves(study), study.classify.eval.tested, study.path('figures')
+    laws, exchange = t.of_loss('laws'), t.exchange
     if len(laws):
-        fig, (ax,) = axes(width=6, height=.8+.28*laws.curve.nunique())
-        plot_exponents(ax, laws, tests, looks)
-        save(fig, figures/'exponents.png')
-        fig, panels = axes(len(tests))
-        for ax, t in zip(panels, tests): plot_residuals(ax, means, laws[laws.curve.isin(scaling)], t, looks)
-        save(fig, figures/'residuals.png')
-    exchange = exchange[exchange.real.isin(scaling) & exchange.synthetic.isin(scaling)] if len(exchange) else exchange
+        height, own = .8+.28*laws.curve.nunique(), laws[laws.curve.isin(scaling)]
+        _figure(figures/'exponents.png', plot_exponents, [(laws, tests, styles)], width=6, height=height)
+        _figure(figures/'residuals.png', plot_residuals, [(t.means, own, test, styles) for test in tests])
+    exchange = exchange[exchange.real.isin(scaling) & exchange.synthetic.isin(scaling)]
     if len(exchange):
-        fig, panels = axes(len(tests), height=4.4)
-        for ax, t in zip(panels, tests): plot_exchange(ax, exchange, t, looks)
-        save(fig, figures/'exchange.png')
+        _figure(figures/'exchange.png', plot_exchange, [(exchange, test, styles) for test in tests], height=4.4)
 
-def factor_figures(study: Study,            # the study
-                   factors: pd.DataFrame,   # as factor_table gives it
-                   figures                  # folder
-                  ):
-    "Guidance, prompt sets, generators (where there are several) and quality, each a figure."
-    e, labels = study.classify.eval, study.report.labels
-    fig, panels = axes(len(e.tested))
-    for ax, t in zip(panels, e.tested): plot_guidance(ax, factors, t, labels)
-    save(fig, figures/'guidance.png')
-    fig, (ax,) = axes(width=5.6)
-    plot_prompt_sets(ax, factors, e.every, labels)
-    save(fig, figures/'prompt_sets.png')
+def _class_figure(study, styles):
+    "Recall of each class along the curves of the headline figure."
+    per_class, test = pd.read_parquet(study.path('results', 'per_class.parquet')), study.classify.eval.tested[0]
+    panels = [(per_class, c, test, study.study.classes, f"{styles[c]['label']}: recall on {test}")
+              for c in headline_curves(study)]
+    _figure(study.path('figures')/'per_class_recall.png', plot_classes, panels, width=4.6, height=3.6, columns=3)
+
+# %% ../nbs/09_report.ipynb #f0a42954
+def _factor_figures(study, factors):
+    "One figure each for guidance, prompt sets, generators (where there are several) and quality."
+    if not len(factors): return
+    e, labels, figures = study.classify.eval, labels_of(study), study.path('figures')
+    _figure(figures/'guidance.png', plot_guidance, [(factors, t, labels) for t in e.tested])
+    _figure(figures/'prompt_sets.png', plot_prompt_sets, [(factors, e.every, labels)], width=5.6)
     if factors.groupby(['prompt_set', 'guidance_scale']).model.nunique().max() > 1:
-        fig, panels = axes(len(e.tested), width=4)
-        for ax, t in zip(panels, e.tested): plot_generators(ax, factors, t)
-        save(fig, figures/'generators.png')
+        _figure(figures/'generators.png', plot_generators, [(factors, t) for t in e.tested], width=4)
     if factors.diversity.notna().any():
-        fig, panels = axes(2)
-        for ax, judge in zip(panels, ('real', 'concept')): plot_quality(ax, factors, judge, e.tested[0])
-        save(fig, figures/'quality.png')
+        panels = [(factors, evaluator, e.tested[0]) for evaluator in ('real', 'in_domain')]
+        _figure(figures/'quality.png', plot_quality, panels)
 
-def sample_figure(study: Study,  # the study
-                  path           # file or folder
-                 ):
+def _sample_figure(study):
     "Image grids of the sets that params.yaml names."
-    if not study.report.samples: return
-    fig, panels = axes(len(study.report.samples), 3.2, 3.4, columns=3)
-    for ax, name in zip(panels, study.report.samples):
-        plot_samples(ax, plt.imread(study.path('runs', 'data', name, 'samples.png'))*255, study.report.labels.get(name, name))
-    save(fig, path)
+    labels, panels = labels_of(study), []
+    for name in study.report.samples:
+        grid = plt.imread(study.path('runs', 'data', name, 'samples.png'))*255
+        panels.append((grid, labels.get(name, name)))
+    _figure(study.path('figures')/'samples.png', plot_samples, panels, width=3.2, height=3.4, columns=3)
 
 # %% ../nbs/09_report.ipynb #d5e78010
 def report_table(curves,    # path of a curves.csv with curve, n_images, value
@@ -475,12 +664,12 @@ def report_table(curves,    # path of a curves.csv with curve, n_images, value
     "The report of a table of results that somebody else made."
     df, out = read_curves(curves), Path(out)
     names = list(dict.fromkeys(df.curve))
-    laws, comparisons, worths = fit_table(df, compare=[[a, b] for i, a in enumerate(names) for b in names[i+1:]])
-    means = with_n(summary(df))
-    for t in df.test_set.unique():
-        fig, (ax,) = axes()
-        plot_scaling(ax, means, laws, t, style(names))
-        save(fig, out/f'scaling_{t}.png')
-    h = headline(means, laws, comparisons, worths)
+    pairs = list(itertools.combinations(names, 2))
+    laws, comparisons = fit_table(df, compare=pairs)
+    equivalents = equivalent_table(with_n(measured(df, 'loss')), pairs)
+    t = Tables(given=dict(summary=summary(df), laws=laws, comparisons=comparisons, exchange=equivalents))
+    for test in df.test_set.unique():
+        _figure(out/f'scaling_{test}.png', plot_scaling, [(t.means, laws, test, style(names))])
+    h = headline(t)
     write_atomic(out/'headline.json', json.dumps(h, indent=1)+'\n')
     return h

@@ -4,16 +4,19 @@
 
 # %% ../nbs/07a_results.ipynb #11e03a90
 from __future__ import annotations
-import shutil
+import itertools, shutil
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from scipy import stats
-from .study import METRICS, Study, StudyError, nearest, write_csv
+from scipy.special import stdtrit
+from .curves import curves_of
+from .quality import scored_sets
+from .recipes import METRICS
+from .study import Study, StudyError, nearest, write_csv
 
 # %% auto #0
-__all__ = ['NEEDED', 'DEFAULTS', 'read_curves', 'check_curves', 'expected_rows', 'check_complete', 'prune', 'collect',
-           't_interval', 'summary']
+__all__ = ['NEEDED', 'DEFAULTS', 'read_curves', 'check_curves', 'expected_rows', 'check_complete', 'prune', 'prune_costs',
+           't_interval', 'summary', 'collect']
 
 # %% ../nbs/07a_results.ipynb #37542f10
 NEEDED = ['curve', 'n_images', 'value']
@@ -21,40 +24,47 @@ DEFAULTS = dict(seed=0, test_set='test', metric='loss')
 
 def read_curves(path    # a CSV file
                ) -> pd.DataFrame:
-    "A table of measurements, one a row; raises `StudyError` that names the file, the column or the row."
-    try: df = pd.read_csv(path)
-    except FileNotFoundError: raise StudyError(f"{path}: no such file") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise StudyError(f"{path}: not readable as CSV: {e}") from None
+    "A table of measurements, one per row; raises `StudyError` that names the file, the column or the row."
+    try:
+        df = pd.read_csv(path)
+    except FileNotFoundError:
+        raise StudyError(f"{path}: no such file") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
+        raise StudyError(f"{path}: not readable as CSV: {e}") from None
     return check_curves(df, path)
+
+def _refuse(df, bad, column, path, expected, name=None):
+    "Raise for the first of the `bad` rows of a column. Rows count as in the file, where the header is row 1."
+    if not bad.any(): return
+    raise StudyError.at(f"{path}: row {df.index[bad][0]+2}: {name or column}", df[column][bad].tolist()[0], expected)
 
 def check_curves(df: pd.DataFrame,   # rows as in curves.csv
                  path='curves.csv'   # named in errors
                 ) -> pd.DataFrame:
-    "The table with its default columns filled in, after looking for what cannot be."
+    "The table with its default columns filled in; raises `StudyError` for values that no scaling law can be fitted to."
     for c in NEEDED:
         if c not in df: raise StudyError(f"{path}: column {c!r} is missing{nearest(c, df.columns)}")
     df = df.assign(**{k: v for k, v in DEFAULTS.items() if k not in df})
     for c in ('n_images', 'value'):
-        bad = pd.to_numeric(df[c], errors='coerce')
-        bad = bad[~np.isfinite(bad)]
-        if len(bad): raise StudyError(f"{path}: row {bad.index[0]+2}: {c} is {df[c][bad.index[0]]!r}, expected a number")
-    loss = df[(df.metric == 'loss') & (df.value <= 0)]
-    if len(loss): raise StudyError(f"{path}: row {loss.index[0]+2}: loss is {loss.value.iloc[0]}, expected a number above 0")
-    size = df[df.n_images <= 0]
-    if len(size): raise StudyError(f"{path}: row {size.index[0]+2}: n_images is {size.n_images.iloc[0]}, expected a number above 0")
+        _refuse(df, ~np.isfinite(pd.to_numeric(df[c], errors='coerce')), c, path, 'a number')
+    _refuse(df, (df.metric == 'loss') & (df.value <= 0), 'value', path, 'a number above 0', 'loss')
+    _refuse(df, df.n_images <= 0, 'n_images', path, 'a number above 0')
     keys = [c for c in ('curve', 'n_images', 'n_real', 'n_synthetic', 'seed', 'test_set', 'metric') if c in df]
     twice = df[df.duplicated(keys)]
-    if len(twice): raise StudyError(f"{path}: row {twice.index[0]+2} repeats the keys of an earlier row: {twice[keys].iloc[0].to_dict()}")
+    if len(twice):
+        found = twice[keys].iloc[0].to_dict()
+        raise StudyError(f"{path}: row {twice.index[0]+2} repeats the keys of an earlier row: {found}")
     return df
 
 # %% ../nbs/07a_results.ipynb #a643e520
 def expected_rows(study: Study   # the study
                  ) -> pd.DataFrame:
-    "The keys that params.yaml promises: one row a curve, size, seed, test set and metric."
+    "The keys that params.yaml promises: one row per curve, size, seed, test set and metric."
     e, rows = study.classify.eval, []
-    for name, c in study.classify.curves.items():
+    for name, c in curves_of(study).items():
         for r, s in c.sizes:
-            rows += [dict(curve=name, n_real=r, n_synthetic=s, seed=k, test_set=t, metric=m) for k in range(c.seeds_at((r, s))) for t in e.every for m in METRICS]
+            each = itertools.product(range(c.seeds_at((r, s))), e.every, METRICS)
+            rows += [dict(curve=name, n_real=r, n_synthetic=s, seed=k, test_set=t, metric=m) for k, t, m in each]
     return pd.DataFrame(rows)
 
 def check_complete(study: Study,      # the study
@@ -63,62 +73,99 @@ def check_complete(study: Study,      # the study
     "The expected rows of `df` in the order of params.yaml; raises `StudyError` that names the first one missing."
     want = expected_rows(study)
     keys = list(want.columns)
-    if df[keys].duplicated().any(): raise StudyError(f"results: the row {df[df[keys].duplicated()][keys].iloc[0].to_dict()} stands twice")
+    twice = df[df[keys].duplicated()]
+    if len(twice): raise StudyError(f"results: the row {twice[keys].iloc[0].to_dict()} occurs twice")
     have = want.merge(df, on=keys, how='left', indicator=True)
     lost = have[have._merge == 'left_only']
-    if len(lost): raise StudyError(f"results: {len(lost)} of {len(want)} rows are missing, the first is {lost[keys].iloc[0].to_dict()}; delete runs/classify/{lost.curve.iloc[0]} and run dvc repro")
+    if len(lost):
+        raise StudyError(f"results: {len(lost)} of {len(want)} rows are missing, the first is "
+                         f"{lost[keys].iloc[0].to_dict()}; delete runs/classify/{lost.curve.iloc[0]} and run dvc repro")
     return have.drop(columns='_merge')[df.columns]
 
+# %% ../nbs/07a_results.ipynb #ddab51a0
 def prune(folder,  # folder of outs
           keep     # names
          ) -> list:
-    "Delete what removed curves or sources left behind in a folder of outs."
+    "Delete what removed curves or sets left behind in a folder of outs; returns the names that are gone."
     gone = [p for p in Path(folder).glob('*') if p.name.removesuffix('.ipynb') not in keep]
-    for p in gone: shutil.rmtree(p) if p.is_dir() else p.unlink()
+    for p in gone:
+        if p.is_dir():
+            shutil.rmtree(p)
+        else:
+            p.unlink()
     return [p.name for p in gone]
 
-def _read(study, stage, name, file):
-    path = study.path('runs', stage, name, file)
-    if not path.exists(): raise StudyError(f"{path}: no such file; 'dvc repro {stage}@{name}' makes it")
-    return pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path)
-
-def collect(study: Study   # the study
-           ) -> pd.DataFrame:
-    "Write results/curves.csv, per_class.parquet, compute_check.csv, quality.csv and summary.csv; returns the first."
-    curves, sources = list(study.classify.curves), list(study.quality.sources)
-    prune(study.path('runs', 'classify'), curves)
-    prune(study.path('runs', 'quality'), sources)
-    prune(study.path('runs', 'data'), [*study.data.sets, *study.generate.sources, *study.filters, *study.unions])
-    df = check_complete(study, pd.concat([_read(study, 'classify', n, 'curve.csv') for n in curves], ignore_index=True))
-    check = pd.concat([_read(study, 'classify', n, 'compute_check.csv') for n in curves], ignore_index=True)
-    out = study.path('results')
-    write_csv(out/'curves.csv', df)
-    write_csv(out/'compute_check.csv', check)
-    write_csv(out/'summary.csv', summary(df, check))
-    if sources: write_csv(out/'quality.csv', pd.concat([_read(study, 'quality', n, 'quality.csv') for n in sources], ignore_index=True))
-    pd.concat([_read(study, 'classify', n, 'per_class.parquet') for n in curves], ignore_index=True).to_parquet(out/'per_class.parquet', index=False)
-    return df
+def prune_costs(folder,  # runs/costs
+                names    # that stages are run with
+               ) -> list:
+    "Delete the costs of stages that are gone, e.g. classify-CURVE.json of a removed curve; returns their names."
+    gone = [p for p in Path(folder).glob('*-*.json') if p.stem.partition('-')[2] not in names]
+    for p in gone:
+        p.unlink()
+    return [p.name for p in gone]
 
 # %% ../nbs/07a_results.ipynb #f33f1780
-def t_interval(values,               # one number a seed
+def t_interval(values,               # one number per seed
                level: float = 0.95   # coverage wanted
               ):
     "Mean and t interval; NaN limits for a single value."
     v = np.asarray(values, float)
     m = v.mean()
     if len(v) < 2: return m, np.nan, np.nan
-    h = stats.t.ppf((1+level)/2, len(v)-1)*v.std(ddof=1)/np.sqrt(len(v))
+    h = stdtrit(len(v)-1, (1+level)/2)*v.std(ddof=1)/np.sqrt(len(v))
     return m, m-h, m+h
 
+# %% ../nbs/07a_results.ipynb #ec790afa
 def summary(df: pd.DataFrame,              # rows as in curves.csv
             check: pd.DataFrame = None     # rows as in compute_check.csv
            ) -> pd.DataFrame:
     "Mean and interval over seeds of every point, and whether the compute check found it limited."
     keys = [c for c in ('curve', 'test_set', 'metric', 'n_images', 'n_real', 'n_synthetic') if c in df]
-    rows = [dict(zip(keys, k)) | dict(zip(('mean', 'ci_lo', 'ci_hi'), t_interval(g.value))) | dict(n_seeds=len(g)) for k, g in df.groupby(keys, sort=False)]
+    rows = []
+    for k, g in df.groupby(keys, sort=False):
+        m, lo, hi = t_interval(g.value)
+        rows.append(dict(zip(keys, k)) | dict(mean=m, ci_lo=lo, ci_hi=hi, n_seeds=len(g)))
     out = pd.DataFrame(rows)
     if check is None: return out.assign(compute_limited=False)
     on = ['curve', 'test_set', 'n_images', 'n_real', 'n_synthetic']
     limited = check[check.compute_limited][on].assign(compute_limited=True)
     out = out.merge(limited, on=on, how='left')
     return out.assign(compute_limited=out.compute_limited.eq(True))
+
+# %% ../nbs/07a_results.ipynb #ee2aee42
+def _maker(study, stage, name):
+    "The name of the dvc stage that makes an output of `classify` or `quality`: both have more than one group."
+    if name in study.raw.get('generate', {}).get('sources', {}): return f'{stage}_sources@{name}'
+    if stage == 'quality': return f'quality_sets@{name}'
+    return f'classify_mixtures@{name}' if name in study.raw['classify'].get('mixtures', {}) else f'classify@{name}'
+
+def _read(study, stage, name, file):
+    "One table of a stage."
+    path = study.path('runs', stage, name, file)
+    if not path.exists(): raise StudyError(f"{path}: no such file; 'dvc repro {_maker(study, stage, name)}' makes it")
+    return pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path)
+
+def collect(study: Study   # the study
+           ) -> pd.DataFrame:
+    "Write results/curves.csv, per_class.parquet, compute_check.csv, quality.csv and summary.csv; returns the first."
+    curves, scored = list(curves_of(study)), list(scored_sets(study))
+    trained = dict.fromkeys([*curves, *study.raw.get('generate', {}).get('sources', {})])
+    prune(study.path('runs', 'classify'), trained)
+    prune(study.path('runs', 'quality'), scored)
+    prune(study.path('runs', 'data'), study.sets)
+    prune_costs(study.path('runs', 'costs'), [*study.sets, *study.models, *study.evaluators, *trained])
+
+    def join(stage, names, file):
+        return pd.concat([_read(study, stage, n, file) for n in names], ignore_index=True)
+
+    df = check_complete(study, join('classify', curves, 'curve.csv'))
+    check = join('classify', curves, 'compute_check.csv')
+    out = study.path('results')
+    write_csv(out/'curves.csv', df)
+    write_csv(out/'compute_check.csv', check)
+    write_csv(out/'summary.csv', summary(df, check))
+    none = pd.DataFrame(columns=['set', 'class', 'metric', 'value', 'n'])
+    scores = join('quality', scored, 'quality.csv') if scored else none
+    write_csv(out/'quality.csv', scores)
+    join('classify', curves, 'per_class.parquet').to_parquet(out/'per_class.parquet', index=False)
+    return df

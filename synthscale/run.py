@@ -4,89 +4,73 @@
 
 # %% ../nbs/00a_run.ipynb #11e03a90
 from __future__ import annotations
-import argparse, ast, os, re, shutil, subprocess, sys
+import argparse, json, os, re, shutil, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
-import nbformat
 from filelock import FileLock, Timeout
-from nbformat.v4 import new_code_cell, new_notebook
-from .study import Study, StudyError, die_with_parent, nearest, read_yaml, repo_root, write_atomic
+from .hashing import closure_hashes
+from .stages import (RUN_HEADING, code_only, live_notebook, lock_stages, modules_of, normalise,
+                               notebook_bytes, stage_notebooks, stage_of as stage_of, without_directives)
+from .study import Study, StudyError, die_with_parent, file_sha256, nearest, repo_root, write_atomic
+import nbformat
 
 # %% auto #0
-__all__ = ['RUN_HEADING', 'QUIET', 'SOURCES', 'TOOLS', 'is_imports', 'code_only', 'normalise', 'notebook_bytes', 'stage_of',
-           'stage_notebooks', 'strip', 'declared_parameters', 'typed_value', 'check_parameters', 'one_writer',
-           'executed_path', 'execute', 'run_stage', 'lock_is_whole', 'guard_lock', 'run_alone', 'package_root',
-           'readme_text', 'refresh', 'readme', 'new_study', 'sources', 'main']
-
-# %% ../nbs/00a_run.ipynb #53e3d730
-RUN_HEADING = '## Run this stage'
-
-def is_imports(source: str    # source of a code cell
-              ) -> bool:
-    "Whether a cell holds imports and nothing else."
-    body = ast.parse(source).body
-    return bool(body) and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
-
-def code_only(nb,             # notebook, as nbformat reads it
-              module: str     # name of the module it exports
-             ):               # None where the notebook has no section with that heading
-    "The code that runs the stage: the notebook's exported imports, its module, and the cells of its last section."
-    start = next((i for i, c in enumerate(nb.cells) if c.cell_type == 'markdown' and c.source.startswith(RUN_HEADING)), None)
-    if start is None: return None
-    code = [c for c in nb.cells[:start] if c.cell_type == 'code' and re.search(r'^#\| *export', c.source, re.M) and is_imports(c.source)]
-    boot = f"from synthscale.study import die_with_parent\ndie_with_parent()\nfrom synthscale.{module} import *"
-    cells = [new_code_cell(_no_directives(c.source)) for c in code] + [new_code_cell(boot)]
-    for c in nb.cells[start:]:
-        if c.cell_type == 'code': cells.append(new_code_cell(_no_directives(c.source), metadata={'tags': c.metadata.get('tags', [])}))
-    return normalise(new_notebook(cells=cells))
-
-def _no_directives(source): return re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip('\n')
-
-# %% ../nbs/00a_run.ipynb #88b2ed30
-def normalise(nb    # notebook, changed in place
-             ):
-    "The same notebook without anything that differs between two equal runs."
-    nb.metadata = {'kernelspec': {'display_name': 'Python 3', 'language': 'python', 'name': 'python3'}}
-    nb.nbformat, nb.nbformat_minor = 4, 5
-    for i, c in enumerate(nb.cells):
-        tags = c.metadata.get('tags', [])
-        c.metadata = {'tags': list(tags)} if tags else {}
-        c.id = f'cell-{i}'
-        if c.cell_type != 'code': continue
-        c.execution_count = None
-        c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
-        for o in c.outputs:
-            if 'execution_count' in o: o.execution_count = None
-            if 'metadata' in o: o.metadata = {}
-    return nb
-
-def notebook_bytes(nb    # notebook
-                  ) -> bytes:
-    "The notebook as written to disk."
-    return (nbformat.writes(nb, version=nbformat.NO_CONVERT)+'\n').encode()
+__all__ = ['TOOLS', 'prepare', 'read_prepared', 'check_code', 'check_prepared', 'declared_parameters', 'typed_value',
+           'check_parameters', 'one_writer', 'executed_path', 'execute', 'cost', 'run_stage', 'lock_is_whole',
+           'guard_lock', 'package_root', 'run_alone', 'readme_text', 'refresh', 'readme', 'check_new', 'new_study',
+           'plan', 'generate_shards', 'verify', 'train', 'check', 'explain', 'main']
 
 # %% ../nbs/00a_run.ipynb #939b9f30
-def stage_of(path    # notebook file
-            ) -> str:
-    "The stage (and module) that a notebook file is named after."
-    return re.sub(r'^\d+[a-z]*_', '', Path(path).stem)
-
-def stage_notebooks(folder    # holds notebooks
-                   ) -> dict:
-    "Stage name -> notebook file, for all notebooks in a folder."
-    return {stage_of(p): p for p in sorted(Path(folder).glob('[0-9]*_*.ipynb'))}
-
-def strip(study: Study    # its build/nbs is rewritten
-         ) -> list:
-    "Write the code-only copies to build/nbs of the study."
-    out = study.path('build', 'nbs')
-    keep = []
-    for stage, p in stage_notebooks(study.root/'nbs').items():
-        nb = code_only(nbformat.read(p, 4), stage)
-        if nb is not None: keep.append(write_atomic(out/p.name, notebook_bytes(nb)))
+def prepare(study: Study    # its build/nbs and build/params.json are rewritten
+           ) -> list:       # the code-only copies
+    "Check params.yaml; write it with its defaults to build/params.json, and the stages' code-only copies to build/nbs."
+    from synthscale.params import check_study, params_json
+    write_atomic(study.path('build', 'params.json'), params_json(check_study(study)))
+    out, keep = study.path('build', 'nbs'), []
+    for p in stage_notebooks(study.root/'nbs').values():
+        nb = live_notebook(study.root, p.name)
+        if nb is not None:
+            keep.append(write_atomic(out/p.name, notebook_bytes(nb)))
     for p in out.glob('*'):
-        if p not in keep: p.unlink()
+        if p not in keep:
+            p.unlink()
+    for folder in ('evaluators', 'runs/quality'):     # stages depend on these as a whole, also where nothing is in them
+        study.path(folder).mkdir(parents=True, exist_ok=True)
     return keep
+
+# %% ../nbs/00a_run.ipynb #c0000003
+_AGAIN = "'dvc repro' runs prepare first, 'python -m synthscale.run prepare' does it by hand"
+
+def read_prepared(path    # a notebook in build/nbs
+                 ):
+    "A code-only notebook, or an error that explains how to get it."
+    try:
+        return nbformat.read(path, 4)
+    except FileNotFoundError:
+        raise StudyError(f"{path}: not there yet; {_AGAIN}") from None
+    except Exception as e:
+        raise StudyError(f"{path}: not readable as a notebook ({type(e).__name__}: {e}); {_AGAIN}") from None
+
+def check_code(nb,       # code-only notebook
+               name,     # of it, for errors
+               package   # folder of the package that will be imported
+              ):
+    "Raise `StudyError` unless the notebook was prepared from the code that it is about to import."
+    before, now = nb.metadata.get('code'), closure_hashes(modules_of(nb), package)
+    if not isinstance(before, dict): raise StudyError(f"{name}: it has no hashes of the code that it imports; {_AGAIN}")
+    differ = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+    if differ: raise StudyError(f"{name} was prepared from other code than is here now ({', '.join(differ)}); {_AGAIN}")
+
+def check_prepared(study: Study    # the study
+                  ):
+    "Raise `StudyError` unless params.yaml is what `prepare` read."
+    path = study.path('build', 'params.json')
+    try:
+        seen = json.loads(path.read_text())['params_yaml']
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise StudyError(f"{path}: not there or not readable ({type(e).__name__}); {_AGAIN}") from None
+    now = file_sha256(study.path('params.yaml'))
+    if seen != now: raise StudyError(f"{study.file} has changed since {path} was made; {_AGAIN}")
 
 # %% ../nbs/00a_run.ipynb #e202bbf0
 def declared_parameters(nb,    # notebook
@@ -95,7 +79,9 @@ def declared_parameters(nb,    # notebook
     "Parameter name -> papermill's description of it; exactly one cell tagged `parameters` is expected."
     from papermill.translators import papermill_translators
     tagged = [c for c in nb.cells if 'parameters' in c.metadata.get('tags', [])]
-    if len(tagged) != 1: raise StudyError(f"{name}: {len(tagged)} cells are tagged 'parameters', expected exactly one; without it papermill would run the defaults")
+    if len(tagged) != 1:
+        raise StudyError(f"{name}: {len(tagged)} cells are tagged 'parameters', expected exactly one; without it "
+                         "papermill would run the defaults")
     return {p.name: p for p in papermill_translators.find_translator('python3', 'python').inspect(tagged[0])}
 
 def typed_value(text: str,      # as given on the command line
@@ -103,12 +89,11 @@ def typed_value(text: str,      # as given on the command line
                ):
     "A command line value in the type that the notebook declares."
     if type_name in ('str', 'None', None): return text
-    if type_name == 'bool':
-        if text.lower() in ('true', 'false'): return text.lower() == 'true'
-    else:
-        try: return {'int': int, 'float': float}[type_name](text)
-        except (KeyError, ValueError): pass
-    raise ValueError(f"{text!r} is not a value of type {type_name}")
+    if type_name == 'bool' and text.lower() in ('true', 'false'): return text.lower() == 'true'
+    try:
+        return {'int': int, 'float': float}[type_name](text)
+    except (KeyError, ValueError):
+        raise ValueError(f"{text!r} is not a value of type {type_name}") from None
 
 def check_parameters(nb,            # notebook
                      given: dict,   # name -> text
@@ -118,8 +103,10 @@ def check_parameters(nb,            # notebook
     known, out = declared_parameters(nb, name), {}
     for k, v in given.items():
         if k not in known: raise StudyError(f"{name} has no parameter {k!r}{nearest(k, known)}")
-        try: out[k] = typed_value(v, known[k].inferred_type_name)
-        except ValueError as e: raise StudyError(f"{name}: parameter {k!r}: {e}") from None
+        try:
+            out[k] = typed_value(v, known[k].inferred_type_name)
+        except ValueError as e:
+            raise StudyError(f"{name}: parameter {k!r}: {e}") from None
     return out
 
 # %% ../nbs/00a_run.ipynb #c915a530
@@ -127,32 +114,38 @@ def check_parameters(nb,            # notebook
 def one_writer(path,               # lock file
                wait: float = 60    # seconds to wait for another writer to end
               ):
-    "Hold the lock, or wait for it, or stop with an error that says who is in the way."
+    "Hold the lock, or wait for it, or stop with an error that names who is in the way."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
-    try: lock.acquire(timeout=0)
+    try:
+        lock.acquire(timeout=0)
     except Timeout:
         print(f'waiting for another run of {path.stem} to end', file=sys.stderr, flush=True)
-        try: lock.acquire(timeout=wait)
-        except Timeout: raise StudyError(f"{path.stem} is being written by another run (lock {path}); stop it, or wait for it") from None
-    try: yield
-    finally: lock.release()
+        try:
+            lock.acquire(timeout=wait)
+        except Timeout:
+            raise StudyError(f"{path.stem} is being written by another run (lock {path}); stop it, "
+                             "or wait for it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../nbs/00a_run.ipynb #f02a57c0
-QUIET = ['--IPKernelApp.log_level=40']     # a kernel's start-up advice is not part of a run; errors still are
+_QUIET = ['--IPKernelApp.log_level=40']     # a kernel's start-up advice is not part of a run; errors still are
 
 def executed_path(study: Study,  # the study
                   stage: str,    # name of the stage
                   values: dict   # parameters that were given
                  ) -> Path:
-    "Where the executed notebook of a stage lies: runs/STAGE/NAME.ipynb, named by the parameters that were given."
+    "The path of a stage's executed notebook: runs/STAGE/NAME.ipynb, named by the parameters that were given."
     return study.path('runs', stage, '-'.join(map(str, values.values())) or stage)
 
 def execute(nb,             # code-only notebook
             values: dict,   # parameters
             cwd,            # working folder of the kernel
-            failed          # where the half-run notebook goes if it fails
+            failed          # path of the half-run notebook, kept if it fails
            ):
     "Run a notebook with papermill and return it normalised; raises `StudyError` with the notebook's own error."
     import logging, papermill as pm
@@ -163,48 +156,75 @@ def execute(nb,             # code-only notebook
     source = failed.with_suffix('.source.ipynb')
     source.write_bytes(notebook_bytes(nb))
     try:
-        pm.execute_notebook(str(source), str(failed), values, kernel_name='python3', cwd=str(cwd), progress_bar=False, stderr_file=sys.stderr,
-                            start_timeout=300, extra_arguments=QUIET)
+        pm.execute_notebook(
+            str(source), str(failed), values, kernel_name='python3', cwd=str(cwd), progress_bar=False,
+            stderr_file=sys.stderr, start_timeout=300, extra_arguments=_QUIET)
     except PapermillExecutionError as e:
         raise StudyError(f"{e.ename}: {e.evalue}\n(the notebook as far as it came: {failed})") from None
-    finally: source.unlink(missing_ok=True)
+    finally:
+        source.unlink(missing_ok=True)
     done = normalise(nbformat.read(failed, 4))
     failed.unlink()
     return done
+
+# %% ../nbs/00a_run.ipynb #c0000005
+def cost(before,        # resource usage of children before the run
+         began: float   # time.time() then
+        ) -> dict:      # CPU and wall seconds, peak memory of the largest process in MB
+    "What a run cost this machine."
+    import platform, resource, time
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime+after.ru_stime-before.ru_utime-before.ru_stime
+    unit = 1e6 if sys.platform == 'darwin' else 1e3         # macOS counts bytes, Linux kilobytes
+    return dict(cpu_s=round(cpu, 1), wall_s=round(time.time()-began, 1), peak_mb=round(after.ru_maxrss/unit),
+                cores=os.cpu_count(), machine=platform.machine(), python=platform.python_version())
+
+# Words of the command line that are no stages; see below.
+TOOLS = ('prepare', 'check', 'why', 'plan', 'generate-shards', 'verify', 'train', 'readme', 'refresh', 'new-study')
+
+def _run_prepared(study, stage, nb, values, out):
+    "Execute a prepared notebook; write it and what it cost."
+    import resource, time
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
+    paths = os.pathsep.join([str(study.root), os.environ.get('PYTHONPATH', '')]).rstrip(os.pathsep)
+    os.environ.update(PYTHONPATH=paths, PYTHONHASHSEED='0', PYTHONWARNINGS='ignore:IProgress')   # tqdm wants widgets
+    failed = study.path('build', 'failed', f'{stage}-{out.name}.ipynb')
+    done = execute(nb, {**values, 'study_dir': '.'}, study.dir, failed)
+    name = stage if out.name == stage else f'{stage}-{out.name}'
+    folder = 'report' if stage == 'report' else 'costs'        # the report reads runs/costs, so its own are not there
+    write_atomic(study.path('runs', folder, f'{name}.json'), json.dumps(cost(before, began))+'\n')
+    return write_atomic(out.with_name(out.name+'.ipynb'), notebook_bytes(done))
 
 def run_stage(stage: str,            # e.g. 'classify'
               given: dict = None,    # parameter -> text
               folder='.'             # the study's folder
              ) -> Path:              # the executed notebook
-    "Run one stage of a study strictly: its stripped notebook, with checked parameters, in the study's folder."
+    "Run one stage of a study strictly: its code-only notebook, with checked parameters, in the study's folder."
     study = Study(folder)
-    books = stage_notebooks(study.path('build', 'nbs'))
-    if stage not in books:
-        every = stage_notebooks(study.root/'nbs')
-        if stage in every: raise StudyError(f"build/nbs/{every[stage].name} is not there yet: run 'python -m synthscale.run strip' (dvc repro does) first")
-        raise StudyError(f"no stage {stage!r}{nearest(stage, every)}")
-    nb = nbformat.read(books[stage], 4)
-    values = check_parameters(nb, given or {}, books[stage].name)
+    every = stage_notebooks(study.root/'nbs')
+    if stage not in every: raise StudyError(f"no stage {stage!r}{nearest(stage, [*every, *TOOLS])}")
+    path = study.path('build', 'nbs', every[stage].name)
+    nb = read_prepared(path)
+    check_code(nb, f'build/nbs/{path.name}', study.root/'synthscale')
+    check_prepared(study)
+    values = check_parameters(nb, given or {}, path.name)
     out = executed_path(study, stage, values)
     with one_writer(study.path('build', 'locks', f'{stage}-{out.name}.lock')):
-        os.environ.update(PYTHONPATH=os.pathsep.join([str(study.root), os.environ.get('PYTHONPATH', '')]).rstrip(os.pathsep), PYTHONHASHSEED='0',
-                          PYTHONWARNINGS='ignore:IProgress')      # tqdm.auto, which libraries import, asks for widgets that a pipeline has no use for
-        done = execute(nb, {**values, 'study_dir': '.'}, study.dir, study.path('build', 'failed', f'{stage}-{out.name}.ipynb'))
-        return write_atomic(out.with_name(out.name+'.ipynb'), notebook_bytes(done))
+        return _run_prepared(study, stage, nb, values, out)
 
 # %% ../nbs/00a_run.ipynb #9648cd80
 def lock_is_whole(text: str,       # of dvc.lock
                   before: str,     # the same file before the stage ran, '' if there was none
                   stage: str       # the stage that DVC has just written
                  ) -> bool:
-    "Whether a rewritten dvc.lock has all of its stages, the last of them with its hashes: a file cut short has lost its end."
-    from ruamel.yaml import YAML
-    read = lambda t: (YAML(typ='safe').load(t) or {}).get('stages', {}) if t else {}
+    "Whether a rewritten dvc.lock has all of its stages, the last of them with its hashes: a cut file lacks its end."
     try:
-        now, then = read(text), read(before)
+        now, then = lock_stages(text), lock_stages(before)
         outs = list(now.values())[-1]['outs']
-        return {*then, stage} <= set(now) and bool(outs) and all(re.fullmatch(r'[0-9a-f]{32}(\.dir)?', o['md5']) and 'size' in o for o in outs)
-    except Exception: return False
+        whole = all(re.fullmatch(r'[0-9a-f]{32}(\.dir)?', o['md5']) and 'size' in o for o in outs)
+        return {*then, stage} <= set(now) and bool(outs) and whole
+    except Exception:
+        return False
 
 def guard_lock(folder,      # the study's folder
                parent: int  # process id of dvc, who started this run
@@ -213,20 +233,30 @@ def guard_lock(folder,      # the study's folder
     import psutil, time
     stage, path = os.environ.get('DVC_STAGE'), Path(folder)/'dvc.lock'
     if not stage or not hasattr(os, 'fork') or os.getppid() != parent: return
-    text = lambda: path.read_text(errors='replace') if path.exists() else ''
+    def text():
+        return path.read_text(errors='replace') if path.exists() else ''
     before, dvc = text(), psutil.Process(parent)
     if os.fork(): return
     try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
-        for fd in range(3): os.dup2(null, fd)
-        alive = lambda: dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE
-        while alive() and (text() == before or not lock_is_whole(text(), before, stage)): time.sleep(.05)
+        for fd in range(3):
+            os.dup2(null, fd)
+        while dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:
+            if text() != before and lock_is_whole(text(), before, stage): break
+            time.sleep(.05)
         now = text()
-        if now != before and not lock_is_whole(now, before, stage): write_atomic(path, before) if before else path.unlink()
-    finally: os._exit(0)
+        if now != before and not lock_is_whole(now, before, stage):
+            write_atomic(path, before) if before else path.unlink()
+    finally:
+        os._exit(0)
 
 # %% ../nbs/00a_run.ipynb #52235e10
+def package_root() -> Path:
+    "The repository that this package was imported from."
+    import synthscale
+    return Path(synthscale.__file__).resolve().parent.parent
+
 def run_alone(stage: str,      # a stage whose notebook takes `curves` and `out`
               given: dict      # parameter -> text; `out` names the folder that is written
              ) -> Path:
@@ -234,46 +264,50 @@ def run_alone(stage: str,      # a stage whose notebook takes `curves` and `out`
     books = stage_notebooks(package_root()/'nbs')
     if stage not in books: raise StudyError(f"no stage {stage!r}{nearest(stage, books)}")
     nb = code_only(nbformat.read(books[stage], 4), stage)
+    if nb is None: raise StudyError(f"{books[stage].name} is a library and no stage: it has no section {RUN_HEADING!r}")
     values = check_parameters(nb, given, books[stage].name)
-    if not values.get('out'): raise StudyError(f"{stage} on your own results needs -p out FOLDER, where its tables and figures go")
+    if not values.get('out'): raise StudyError(f"{stage} on your own results needs -p out FOLDER, for what it makes")
     out = Path(values['out']).resolve()
     done = execute(nb, values, Path.cwd(), out/f'{stage}.failed.ipynb')
     return write_atomic(out/f'{stage}.ipynb', notebook_bytes(done))
 
-def package_root() -> Path:
-    "The repository that this package was imported from."
-    import synthscale
-    return Path(synthscale.__file__).resolve().parent.parent
-
 # %% ../nbs/00a_run.ipynb #8ab90980
+def _cell_text(c):
+    "The Markdown of one cell: prose as it is, code as a block unless it has `#| echo: false`, and what it displays."
+    if c.cell_type == 'markdown': return [c.source]
+    if c.cell_type != 'code' or re.search(r'^#\| *hide', c.source, re.M): return []
+    quiet = re.search(r'^#\| *echo: *false', c.source, re.M)
+    shown = [] if quiet else [f'```python\n{without_directives(c.source)}\n```']
+    for data in (o.get('data', {}) for o in c.outputs):
+        if 'text/markdown' in data:
+            shown.append(data['text/markdown'])
+        elif 'text/plain' in data:
+            shown.append(f"```\n{data['text/plain']}\n```")
+    return shown
+
 def readme_text(nb,                             # executed notebook
-                made_from='nbs/index.ipynb',    # where it lies
-                command='synthscale readme'     # what makes it
+                made_from='nbs/index.ipynb',    # its path
+                command='synthscale readme'     # what makes the text of it
                ) -> str:
-    "Markdown of a notebook: prose as it is, code as a block unless it says `#| echo: false`, and what it displays."
+    "A notebook as Markdown."
     parts = [f'<!-- made from {made_from} by `{command}`: edit that notebook, not this file -->']
-    for c in nb.cells:
-        if c.cell_type == 'markdown': parts.append(c.source)
-        elif c.cell_type == 'code' and not re.search(r'^#\| *hide', c.source, re.M):
-            if not re.search(r'^#\| *echo: *false', c.source, re.M): parts.append(f'```python\n{_no_directives(c.source)}\n```')
-            for o in c.outputs:
-                data = o.get('data', {})
-                if 'text/markdown' in data: parts.append(data['text/markdown'])
-                elif 'text/plain' in data: parts.append(f"```\n{data['text/plain']}\n```")
-    text = '\n\n'.join(p.strip() for p in parts)+'\n'
-    return text.replace('](../', '](').replace('src="../', 'src="') if made_from.startswith('nbs/') else text            # README.md lies one folder above nbs/
+    text = '\n\n'.join(p.strip() for p in parts+[p for c in nb.cells for p in _cell_text(c)])+'\n'
+    if not made_from.startswith('nbs/'): return text
+    return text.replace('](../', '](').replace('src="../', 'src="')            # README.md is one folder above nbs/
 
 def refresh(path    # a notebook in nbs/
            ):       # the executed notebook
-    "Execute a notebook where it lies and keep what it displays, without times, counters and progress bars."
+    "Execute a notebook in its folder and keep what it displays, without times, counters and progress bars."
     from nbclient import NotebookClient
     path = Path(path)
     nb = nbformat.read(path, 4)
     ids, tags = [c.id for c in nb.cells], [c.metadata.get('tags') for c in nb.cells]
-    NotebookClient(nb, timeout=1200, kernel_name='python3', extra_arguments=QUIET, resources={'metadata': {'path': str(path.parent)}}).execute()
+    NotebookClient(nb, timeout=1200, kernel_name='python3', extra_arguments=_QUIET,
+                   resources={'metadata': {'path': str(path.parent)}}).execute()
     kernelspec = nb.metadata.kernelspec
     normalise(nb)
-    for c, i, t in zip(nb.cells, ids, tags): c.id, c.metadata = i, ({'tags': t} if t else {})
+    for c, i, t in zip(nb.cells, ids, tags):
+        c.id, c.metadata = i, ({'tags': t} if t else {})
     nb.metadata = {'kernelspec': kernelspec}
     write_atomic(path, (nbformat.writes(nb, indent=1)+'\n').encode())
     return nb
@@ -282,98 +316,215 @@ def readme(root='.'    # repository, or the folder of a study that has a finding
           ) -> Path:
     "Execute nbs/index.ipynb (of a study: findings.ipynb), keep its outputs in it, and write README.md from it."
     root = repo_root(root)
-    if (own := root/'findings.ipynb').exists(): return write_atomic(root/'README.md', readme_text(refresh(own), own.name, f'synthscale readme --study studies/{root.name}'))
-    return write_atomic(root/'README.md', readme_text(refresh(root/'nbs'/'index.ipynb')))
+    own = root/'findings.ipynb'
+    if own.exists():
+        text = readme_text(refresh(own), own.name, f'synthscale readme --study studies/{root.name}')
+    else:
+        text = readme_text(refresh(root/'nbs'/'index.ipynb'))
+    return write_atomic(root/'README.md', text)
 
 # %% ../nbs/00a_run.ipynb #c40bcf40
+_IGNORED = '/build/\n/data/\n/evaluators/\n/models/\n/runs/\n/sets/\n'     # by git: DVC versions them
+
+def check_new(folder,   # absolute path of the study's folder
+              root      # of the repository
+             ):
+    "Raise `StudyError` unless a study can be laid out there."
+    if not re.fullmatch(r'[A-Za-z0-9_+-]+', folder.name):
+        raise StudyError.at('the name of a study', folder.name,
+                            'letters, digits, _, + and - only, because it is used in names of stages')
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise StudyError(f"{folder}: not empty")
+    if root not in folder.parents:
+        raise StudyError(f"{folder}: a study is inside the repository {root}, usually in studies/")
+    inside = subprocess.run(['git', 'rev-parse', '--is-inside-work-tree'], cwd=root, capture_output=True, text=True)
+    if inside.returncode:
+        raise StudyError(f"{root}: not a git repository; a study is versioned by git and DVC: run 'git init' first")
+
 def new_study(folder,        # studies/NAME inside a clone of this repository
               root=None      # the clone; default: the one this package was imported from
              ) -> Path:
     "Lay out a study folder: dvc.yaml, a params.yaml to edit, and a DVC repository of its own."
     root, folder = Path(root or package_root()).resolve(), Path(folder).resolve()
-    if folder.exists() and any(folder.iterdir()): raise StudyError(f"{folder}: not empty")
-    if root not in folder.parents: raise StudyError(f"{folder}: a study lies inside the repository {root}, by habit in studies/")
+    check_new(folder, root)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(root/'dvc.yaml', folder/'dvc.yaml')
-    text = (root/'params.yaml').read_text()
-    text = re.sub(r'^root: .*$', f'root: {os.path.relpath(root, folder)}', text, flags=re.M)
+    text = re.sub(r'^root: \S+', f'root: {os.path.relpath(root, folder)}', (root/'params.yaml').read_text(), flags=re.M)
     (folder/'params.yaml').write_text(re.sub(r'^(  name: )\S+', rf'\g<1>{folder.name}', text, count=1, flags=re.M))
-    (folder/'.gitignore').write_text('/build/\n/data/\n/judges/\n/models/\n/runs/\n/sets/\n')
+    (folder/'.gitignore').write_text(_IGNORED)
     subprocess.run([sys.executable, '-m', 'dvc', 'init', '--subdir', '-q'], cwd=folder, check=True)
+    shutil.copy(root/'.dvcignore', folder/'.dvcignore')
     shutil.copytree(root/'.dvc'/'plots', folder/'.dvc'/'plots')
-    Study(folder)
     return folder
 
 # %% ../nbs/00a_run.ipynb #996e6080
-def sources(study: Study,   # the study
-            name: str,      # under generate.sources, '' for all
-            what: str,      # plan, draw or verify
-            a               # of the command line: shards, workers, address, repair, measure
-           ) -> int:        # exit code: 1 where verify found damage
-    "What can be done with generated sets beside their stage: price them, draw some of their shards, look for damage."
-    from synthscale import generate as g
-    names = [name] if name else list(study.generate.sources)
-    if what == 'draw':
-        if not name: raise StudyError(f"draw needs a source{nearest('', study.generate.sources)}")
-        src = g.Source(study, name)
-        g.draw_source(src, g.shard_range(a.shards, src.shards), a.workers, a.address)
-        there = sum(src.table(s).exists() for s in src.shards)
-        print(f"{name}: {there} of {len(src.shards)} shards are drawn" + (f"; 'dvc repro generate@{name}' makes the set of them" if there == len(src.shards) else ''))
-        return 0
+def plan(study: Study,          # the study
+         name: str = '',        # under generate.sources; '' for all
+         measure: bool = True   # make two batches of each; else no hours
+        ) -> int:               # exit code
+    "Print what generated sets will take, before anything is made."
     import pandas as pd
-    if what == 'plan':
-        print(pd.DataFrame([g.price_source(study, n, a.measure) for n in names]).to_string(index=False, na_rep=''))
-        print('hours: of one worker, a core or a GPU' if a.measure else 'without measuring: no hours')
-        return 0
-    found = pd.concat([(g.repair_source(study, n, a.workers, a.address) if a.repair else g.verify_source(study, n)).assign(source=n) for n in names])
-    bad = found[found.problem != '']
-    print(f"{len(found)} shards, {len(bad)} of them damaged" + (' and drawn again' if a.repair and len(bad) else ''))
-    if len(bad): print(bad[['source', 'shard', 'images', 'problem']].to_string(index=False))
-    for source, asked in found[found.asked != ''].groupby('source').asked.first().items(): print(f"{source}: params.yaml asks for something else than lies there (it differs in {asked}); 'dvc repro generate@{source}' draws that")
-    return int(len(bad) > 0 and not a.repair)
+    from synthscale import workers as w
+    rows = [w.price_source(study, n, measure) for n in ([name] if name else study.generate.sources)]
+    print(pd.DataFrame(rows).to_string(index=False, na_rep=''))
+    print('hours: of one worker, a core or a GPU' if measure else 'no hours, because nothing was measured')
+    return 0
 
-SOURCES = ('plan', 'draw', 'verify')     # of generated sets
-TOOLS = ('readme', 'refresh', 'new-study', 'train', *SOURCES)     # commands that are no stage
+def generate_shards(study: Study,        # the study
+                    name: str,           # under generate.sources
+                    shards: str = '',    # a:b, from a up to but without b; '' for all
+                    workers: int = 0,    # processes; 0: one per GPU, or per core
+                    address: str = ''    # of a Ray cluster
+                   ) -> int:             # exit code
+    "Make some shards of a source, for a job array; the stage then finds them."
+    from synthscale import generate as g, workers as w
+    src = g.Source(study, name)
+    w.generate_shards(src, w.shard_range(shards, src.shards), workers, address)
+    done = sum(src.table(s).exists() for s in src.shards)
+    rest = f"; 'dvc repro generate@{name}' makes the set of them" if done == len(src.shards) else ''
+    print(f"{name}: {done} of {len(src.shards)} shards are made{rest}")
+    return 0
+
+def verify(study: Study,          # the study
+           name: str = '',        # under generate.sources; '' for all
+           repair: bool = False,  # make damaged shards again
+           workers: int = 0,      # as for generate_shards
+           address: str = ''      # as for generate_shards
+          ) -> int:               # exit code: 1 where there is damage
+    "Look for damaged shards of generated sets."
+    import pandas as pd
+    from synthscale import generate as g, workers as w
+    names = [name] if name else list(study.generate.sources)
+    if not names: raise StudyError("verify: the study has no source under generate.sources")
+    def look(n):
+        return w.repair_source(study, n, workers, address) if repair else g.verify_source(study, n)
+    found = pd.concat([look(n).assign(source=n) for n in names])
+    bad = found[found.problem != '']
+    print(f"{len(found)} shards, {len(bad)} of them damaged" + (' and made again' if repair and len(bad) else ''))
+    if len(bad):
+        print(bad[['source', 'shard', 'images', 'problem']].to_string(index=False))
+    for source, asked in found[found.asked != ''].groupby('source').asked.first().items():
+        print(f"{source}: params.yaml asks for something else than is there (it differs in {asked}); 'dvc repro "
+              f"generate@{source}' makes that")
+    return int(len(bad) > 0 and not repair)
+
+# %% ../nbs/00a_run.ipynb #c0000009
+def train(study: Study,       # the study
+          curve: str,         # a curve
+          points: str = '',   # a:b, places in the list of its points; '' for all
+          workers: int = 0    # processes; 0: one per GPU, or per core
+         ) -> int:            # exit code
+    "Train some points of a curve, for a job array or under torchrun; the stage then finds them."
+    from synthscale.classify import some_points
+    n, of = some_points(study, curve, points, workers)
+    print(f"{curve}: {n} of {of} points are trained; 'dvc repro' makes the curve of them")
+    return 0
+
+def check(study: Study    # the study
+         ) -> int:        # exit code
+    "Print everything that is wrong or missing in params.yaml, or that nothing is."
+    from synthscale.curves import curves_of
+    from synthscale.params import problems
+    found = problems(study)
+    if found:
+        print('\n'.join(found))
+    else:
+        print(f"{study.file}: nothing is wrong; {len(study.sets)} sets, {len(curves_of(study))} curves")
+    return int(bool(found))
+
+def explain(study: Study,     # the study
+            stage: str,       # e.g. classify@digits
+            rev: str = ''     # a commit to compare with; '': the last run
+           ) -> int:          # exit code
+    "Print which module, parameter or input makes a stage stale."
+    from synthscale.why import why
+    found = why(study, stage, rev)
+    print(found.to_string(index=False) if len(found) else f"{stage}: nothing has changed")
+    return 0
+
+# %% ../nbs/00a_run.ipynb #c0000010
+def _options(*flags, parent=None, **how):
+    "A parser of one option, to be shared by several tools."
+    p = argparse.ArgumentParser(add_help=False, parents=[parent] if parent else [])
+    p.add_argument(*flags, **how)
+    return p
+
+def _tools():
+    "The parser of the tools, one subcommand each."
+    p = argparse.ArgumentParser('synthscale', description='Tools around a study. Any other first word is a stage: '
+                                'synthscale STAGE [-p NAME VALUE ...], as dvc.yaml runs it.')
+    sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    study = _options('--study', default='.', help="the study's folder (default: here)")
+    team = _options('--workers', type=int, default=0, parent=study,
+                    help='processes (default: one per GPU, or per core)')
+    ray = _options('--address', default='', parent=team,
+                   help='of a Ray cluster (default: RAY_ADDRESS, else this machine)')
+    def tool(name, about, run, parent=study):
+        one = sub.add_parser(name, help=about, description=about, parents=[parent])
+        one.set_defaults(run=run)
+        return one
+    tool('prepare', 'first stage of the pipeline: params.yaml checked and complete, notebooks as code',
+         lambda a: prepare(Study(a.study)))
+    tool('check', 'print everything that is wrong in params.yaml', lambda a: check(Study(a.study)))
+    one = tool('why', 'print what makes a stage stale', lambda a: explain(Study(a.study), a.stage, a.rev))
+    one.add_argument('stage', help='as DVC calls it, e.g. classify@digits')
+    one.add_argument('--rev', default='', help='a commit to compare with (default: the last run)')
+    one = tool('plan', 'what generated sets will take', lambda a: plan(Study(a.study), a.source, a.measure))
+    one.add_argument('source', nargs='?', default='')
+    one.add_argument('--no-measure', dest='measure', action='store_false', help='make nothing, so no hours')
+    one = tool('generate-shards', 'make some shards of a source',
+               lambda a: generate_shards(Study(a.study), a.source, a.shards, a.workers, a.address), ray)
+    one.add_argument('source')
+    one.add_argument('--shards', default='', help='a:b, from a up to but without b, for a job array (default: all)')
+    one = tool('verify', 'look for damage in generated sets',
+               lambda a: verify(Study(a.study), a.source, a.repair, a.workers, a.address), ray)
+    one.add_argument('source', nargs='?', default='')
+    one.add_argument('--repair', action='store_true', help='make damaged shards again')
+    one = tool('train', 'train some points of a curve',
+               lambda a: train(Study(a.study), a.curve, a.points, a.workers), team)
+    one.add_argument('curve')
+    one.add_argument('--points', default='',
+                     help="a:b, places in the list of the curve's points, for a job array (default: all)")
+    tool('readme', 'README.md from nbs/index.ipynb', lambda a: readme(a.study))
+    tool('refresh', 'execute a notebook and keep its outputs', lambda a: refresh(a.notebook)).add_argument('notebook')
+    tool('new-study', 'lay out a study folder', lambda a: new_study(a.folder)).add_argument('folder')
+    return p
+
+# %% ../nbs/00a_run.ipynb #ba80fa3d
+def _stage(argv):
+    "Run one stage from the command line."
+    p = argparse.ArgumentParser(f'synthscale {argv[0]}',
+                                description=f'Run the stage {argv[0]} of a study, as dvc.yaml does.')
+    p.add_argument('stage')
+    p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
+                   help='a parameter of the notebook')
+    p.add_argument('--study', default='.', help="the study's folder (default: here)")
+    a, parent = p.parse_args(argv), os.getppid()
+    given = dict(a.p)
+    if given.get('curves'):
+        print(run_alone(a.stage, given))
+    else:
+        run_stage(a.stage, given, a.study)
+    guard_lock(a.study, parent)
+    return 0
 
 def main(argv=None    # command line, without the program's name
         ) -> int:     # exit code
-    "synthscale STAGE [-p name value] | strip | plan [SOURCE] | draw SOURCE [--shards a:b] | verify [SOURCE] | train CURVE [--points a:b] | readme | refresh NOTEBOOK | new-study FOLDER"
-    p = argparse.ArgumentParser('synthscale', description='Run one stage of a study, as dvc.yaml does.')
-    p.add_argument('stage', help="a stage (data, models, classify, ...), or: plan, draw, verify (generated sets), train, strip, readme, refresh, new-study")
-    p.add_argument('target', nargs='?', help='plan, draw, verify: a source; train: a curve; new-study: the folder to make; refresh: the notebook to execute')
-    p.add_argument('--shards', default='', help='draw: a:b, shard numbers from a up to but without b, for a job array (default: all)')
-    p.add_argument('--points', default='', help='train: a:b, places in the list of the curve\'s points, for a job array (default: all)')
-    p.add_argument('--workers', type=int, default=0, help='draw, train, verify --repair: processes (default: one a GPU, or a core)')
-    p.add_argument('--address', default='', help='draw, verify --repair: of a Ray cluster (default: RAY_ADDRESS, else this machine)')
-    p.add_argument('--repair', action='store_true', help='verify: draw damaged shards again')
-    p.add_argument('--no-measure', dest='measure', action='store_false', help='plan: draw nothing, so no hours')
-    p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='a parameter of the notebook, as often as needed')
-    p.add_argument('--study', default='.', help="the study's folder (default: here)")
-    a = p.parse_args(argv)
-    parent, given = os.getppid(), dict(a.p)
-    if 'DVC_STAGE' in os.environ: die_with_parent()      # a run that a person started in the background may outlive the shell
+    "synthscale STAGE [-p NAME VALUE ...], or one of the tools (synthscale --help)."
+    argv, parent = list(sys.argv[1:] if argv is None else argv), os.getppid()
+    if 'DVC_STAGE' in os.environ:
+        die_with_parent()      # a run that a person started in the background may outlive the shell
     try:
-        if a.target and a.stage not in ('new-study', 'refresh', 'train', *SOURCES): raise StudyError(f"{a.stage} takes parameters as '-p NAME VALUE', not {a.target!r}")
-        if a.stage == 'strip': strip(Study(a.study))
-        elif a.stage == 'readme': readme(a.study)
-        elif a.stage in ('new-study', 'refresh'):
-            if not a.target: raise StudyError(f'{a.stage} needs a name, e.g. synthscale new-study studies/mine, synthscale refresh nbs/08_laws.ipynb')
-            new_study(a.target) if a.stage == 'new-study' else refresh(a.target)
-        elif a.stage == 'train':
-            from synthscale.classify import some_points
-            study = Study(a.study)
-            if not a.target: raise StudyError(f"train needs a curve{nearest('', study.classify.curves)}")
-            n, of = some_points(study, a.target, a.points, a.workers)
-            print(f"{a.target}: {n} of {of} points are trained; 'dvc repro classify@{a.target}' makes the curve of them")
-        elif a.stage in SOURCES: return sources(Study(a.study), a.target or '', a.stage, a)
-        elif given.get('curves'): print(run_alone(a.stage, given))
-        else: run_stage(a.stage, given, a.study)
-        if a.stage not in TOOLS: guard_lock(a.study, parent)
+        if argv and argv[0] not in TOOLS and not argv[0].startswith('-'): return _stage(argv)
+        a = _tools().parse_args(argv)
+        code = a.run(a)
+        if a.command == 'prepare':
+            guard_lock(a.study, parent)
+        return code if isinstance(code, int) else 0      # of a tool that made something: 0
     except StudyError as e:
         print(f'synthscale: {e}', file=sys.stderr)
         return 1
-    return 0
 
 # %% ../nbs/00a_run.ipynb #4bc33b50
 #| eval: false
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())     # as a program; a notebook's kernel has no __file__
+if __name__ == '__main__' and '__file__' in globals():      # as a program; a notebook's kernel has no __file__
+    sys.exit(main())

@@ -4,28 +4,47 @@
 
 # %% ../nbs/00b_smoke.ipynb #11e03a90
 from __future__ import annotations
-import functools, shutil, tempfile
+import functools, pkgutil, shutil, tempfile
+from operator import attrgetter
 from pathlib import Path
 import pandas as pd
 from .study import Study, read_yaml, repo_root
 
 # %% auto #0
-__all__ = ['FONTS', 'STYLES', 'MODERN', 'DATA_README', 'font_table', 'make_inputs', 'smoke_inputs', 'smoke_params', 'smoke_study',
-           'run_smoke']
+__all__ = ['font_table', 'make_inputs', 'smoke_inputs', 'smoke_params', 'run_smoke', 'smoke_study']
 
 # %% ../nbs/00b_smoke.ipynb #30c92360
-FONTS = {'DejaVuSans': 'sans', 'DejaVuSansMono': 'monospaced', 'DejaVuSerif': 'serif', 'STIXGeneral': 'times'}     # family -> face, as captions say it
-STYLES = {'DejaVuSans': ['', '-Bold', '-Oblique', '-BoldOblique'], 'DejaVuSansMono': ['', '-Bold', '-Oblique', '-BoldOblique'],
-          'DejaVuSerif': ['', '-Bold', '-Italic', '-BoldItalic'], 'STIXGeneral': ['', 'Bol', 'Italic', 'BolIta']}
-MODERN = {'cmr10': ('modern roman', 'regular', 'upright'), 'cmb10': ('modern roman', 'bold', 'upright'), 'cmti10': ('modern roman', 'regular', 'italic'),
-          'cmss10': ('modern sans', 'regular', 'upright'), 'cmtt10': ('typewriter', 'regular', 'upright')}
+_FONTS = {'DejaVuSans': 'sans', 'DejaVuSansMono': 'monospaced', 'DejaVuSerif': 'serif', 'STIXGeneral': 'times'}
+_STYLES = {'DejaVuSans': ['', '-Bold', '-Oblique', '-BoldOblique'],
+           'DejaVuSansMono': ['', '-Bold', '-Oblique', '-BoldOblique'],
+           'DejaVuSerif': ['', '-Bold', '-Italic', '-BoldItalic'], 'STIXGeneral': ['', 'Bol', 'Italic', 'BolIta']}
+_MODERN = {'cmr10': ('modern roman', 'regular', 'upright'), 'cmb10': ('modern roman', 'bold', 'upright'),
+           'cmti10': ('modern roman', 'regular', 'italic'), 'cmss10': ('modern sans', 'regular', 'upright'),
+           'cmtt10': ('typewriter', 'regular', 'upright')}
 
 def font_table() -> pd.DataFrame:
-    "The fonts of the corpus: file, face, weight, slant."
-    rows = [dict(file=f'{fam}{st}.ttf', face=FONTS[fam], weight='bold' if 'Bol' in st else 'regular', slant='italic' if 'bli' in st or 'Ita' in st else 'upright')
-            for fam, styles in STYLES.items() for st in styles]
-    rows += [dict(file=f'{f}.ttf', face=face, weight=w, slant=s) for f, (face, w, s) in MODERN.items()]
+    "The fonts of the corpus: file, face (as captions name it), weight, slant."
+    rows = []
+    for family, styles in _STYLES.items():
+        for style in styles:
+            weight = 'bold' if 'Bol' in style else 'regular'
+            slant = 'italic' if 'bli' in style or 'Ita' in style else 'upright'
+            rows.append(dict(file=f'{family}{style}.ttf', face=_FONTS[family], weight=weight, slant=slant))
+    for name, (face, weight, slant) in _MODERN.items():
+        rows.append(dict(file=f'{name}.ttf', face=face, weight=weight, slant=slant))
     return pd.DataFrame(rows)
+
+# %% ../nbs/00b_smoke.ipynb #949b010e
+_DATA_README = '''# Inputs of the study `digits`
+
+- `digits.csv.gz`: Optical Recognition of Handwritten Digits, test part, 1,797 images of 8x8 \
+(E. Alpaydin and C. Kaynak, UCI Machine Learning
+  Repository 1998, doi 10.24432/C50P49, CC BY 4.0), as scikit-learn ships it, in the file's order.
+- `fonts/`: TrueType fonts as matplotlib ships them. DejaVu: LICENSE_DEJAVU \
+(Bitstream Vera and Arev licences, free to copy). STIX: LICENSE_STIX
+  (free to copy unmodified). cm*.ttf: BaKoMa Computer Modern (B. K. Malyshev), \
+free to copy unmodified, as stated with matplotlib.
+'''
 
 def make_inputs(folder    # written: digits.csv.gz, fonts/, README.md
                ) -> Path:
@@ -36,111 +55,115 @@ def make_inputs(folder    # written: digits.csv.gz, fonts/, README.md
     ttf = Path(matplotlib.get_data_path())/'fonts'/'ttf'
     shutil.copyfile(Path(sklearn.datasets.__file__).parent/'data'/'digits.csv.gz', folder/'digits.csv.gz')
     table = font_table()
-    for f in [*table.file, 'LICENSE_DEJAVU', 'LICENSE_STIX']: shutil.copyfile(ttf/f, folder/'fonts'/f)
+    for f in [*table.file, 'LICENSE_DEJAVU', 'LICENSE_STIX']:
+        shutil.copyfile(ttf/f, folder/'fonts'/f)
     table.to_csv(folder/'fonts'/'fonts.csv', index=False, lineterminator='\n')
-    (folder/'README.md').write_text(DATA_README)
+    (folder/'README.md').write_text(_DATA_README)
     return folder
 
-DATA_README = '''# Inputs of the study `digits`
-
-- `digits.csv.gz`: Optical Recognition of Handwritten Digits, test part, 1,797 images of 8x8 (E. Alpaydin and C. Kaynak, UCI Machine Learning
-  Repository 1998, doi 10.24432/C50P49, CC BY 4.0), as scikit-learn ships it, in the file's order.
-- `fonts/`: TrueType fonts as matplotlib ships them. DejaVu: LICENSE_DEJAVU (Bitstream Vera and Arev licences, free to copy). STIX: LICENSE_STIX
-  (free to copy unmodified). cm*.ttf: BaKoMa Computer Modern (B. K. Malyshev), free to copy unmodified, as stated with matplotlib.
-'''
-
+@functools.cache
 def smoke_inputs() -> Path:
-    "The inputs in a temporary folder, made once a process."
-    if 'inputs' not in _made: _made['inputs'] = make_inputs(tempfile.mkdtemp(prefix='synthscale-inputs-'))
-    return _made['inputs']
-
-_made = {}
+    "The inputs in a temporary folder, made once per process."
+    return make_inputs(tempfile.mkdtemp(prefix='synthscale-inputs-'))
 
 # %% ../nbs/00b_smoke.ipynb #bd5d4ec0
+def _shrink_models(m    # the section `models`; changed in place
+                  ):
+    "Networks that train in a second or two."
+    text = dict(width=32, layers=1)
+    m['mini_sd']['vae'] |= dict(channels=[8, 16], steps=60, batch_size=32)
+    m['mini_sd']['text'] |= text
+    m['mini_sd']['unet'] |= dict(channels=[16, 32], steps=60, batch_size=32)
+    m['mini_if']['text'] |= text
+    m['mini_if']['unet'] |= dict(channels=[16, 32], steps=30, batch_size=32)
+    m['mini_muse']['vq'] |= dict(channels=[8, 16], latent_channels=4, codes=64, steps=40, batch_size=32)
+    m['mini_muse']['text'] |= text
+    m['mini_muse']['transformer'] |= dict(width=32, layers=1, steps=40, batch_size=32)
+
+def _smoke_sources() -> dict:
+    "Two sources with their curves."
+    return dict(
+        names_g2=dict(model='mini_sd', prompts='names', guidance_scale=2.0, n_images=120, steps=3,
+                      curve=dict(n_images=[20, 40, 80])),
+        styles_g1=dict(model='mini_sd', prompts='styles', guidance_scale=1.0, n_images=80, steps=3,
+                       curve=dict(n_images=[20, 80])))
+
+# %% ../nbs/00b_smoke.ipynb #c3a882d2
 def smoke_params() -> dict:
     "params.yaml of the smoke study: the embedded study at sizes that run in seconds."
-    p = read_yaml(repo_root(Path(__file__).parent if '__file__' in globals() else '.')/'params.yaml')
+    here = Path(__file__).parent if '__file__' in globals() else '.'
+    p = read_yaml(repo_root(here)/'params.yaml')
     p['study']['name'] = 'smoke'
-    p['data']['sets']['typeset']['splits'] = dict(train=120, judge=80)
-    p['data']['sets'] = {k: p['data']['sets'][k] for k in ('digits', 'typeset')}
-    p['judges']['judge_real']['n_images'], p['judges']['judge_concept']['n_images'] = 200, 80
-    p['models']['mini_sd']['vae'] |= dict(channels=[8, 16], steps=60, batch_size=32)
-    p['models']['mini_sd']['text'] |= dict(width=32, layers=1)
-    p['models']['mini_sd']['unet'] |= dict(channels=[16, 32], steps=60, batch_size=32)
-    p['models']['mini_if']['text'] |= dict(width=32, layers=1)
-    p['models']['mini_if']['unet'] |= dict(channels=[16, 32], steps=30, batch_size=32)
-    p['models']['mini_muse']['vq'] |= dict(channels=[8, 16], latent_channels=4, codes=64, steps=40, batch_size=32)
-    p['models']['mini_muse']['text'] |= dict(width=32, layers=1)
-    p['models']['mini_muse']['transformer'] |= dict(width=32, layers=1, steps=40, batch_size=32)
+    p['data']['sets']['rendered']['splits'] = dict(train=120, held_out=80)
+    p['evaluators']['real_classifier']['n_images'], p['evaluators']['in_domain_classifier']['n_images'] = 200, 80
+    _shrink_models(p['models'])
     p['data']['shard_size'] = 100
-    p['generate'] |= dict(batch_size=50, sources={
-        'names_g2': dict(model='mini_sd', prompts='names', guidance_scale=2.0, n_images=120, steps=3),
-        'styles_g1': dict(model='mini_sd', prompts='styles', guidance_scale=1.0, n_images=80, steps=3)})
-    p['filters'] = dict(clear_g2=dict(set='names_g2', judge='judge_concept', min_confidence=0.01, duplicates='near'))
-    p['unions'] = dict(both=dict(first='typeset', second='digits', n_second=40))
-    p['quality']['sources'] = dict(real=dict(set='digits', split='shift'), typeset=dict(set='typeset'), names_g2=dict(set='names_g2'), styles_g1=dict(set='styles_g1'))
-    for s in p['quality']['sources'].values(): s['n_images'] = 60
-    p['recipes'] = {'convnext_digits': p['recipes']['convnext_digits'] | dict(samples_at_100=640, batch_size=32)}
+    p['generate'] |= dict(batch_size=50, sources=_smoke_sources())
+    p['filters'] = dict(clear_g2=dict(set='names_g2', evaluator='in_domain_classifier', min_confidence=0.01,
+                                      duplicates='near'))
+    p['merged'] = dict(both=dict(first='rendered', second='digits', n_second=40))
+    p['quality'] |= dict(n_images=60, sets=dict(digits=dict(split='ood'), rendered=dict()))
+    p['recipes'] = {'convnext_digits': p['recipes']['convnext_digits'] | dict(samples_seen_at_100=640, batch_size=32)}
     p['recipes']['convnext_digits']['arch']['kwargs'] |= dict(dims=[8, 8, 16, 16])
-    p['classify']['curves'] = {
-        'real': dict(recipe='convnext_digits', real='digits', synthetic='digits', n_real=[20, 40, 80], n_synthetic=[0], seeds=2),
-        'typeset': dict(recipe='convnext_digits', real='typeset', synthetic='typeset', n_real=[0], n_synthetic=[20, 40, 80], seeds=2),
-        'names_g2': dict(recipe='convnext_digits', real='names_g2', synthetic='names_g2', n_real=[0], n_synthetic=[20, 40, 80], seeds=2),
-        'styles_g1': dict(recipe='convnext_digits', real='styles_g1', synthetic='styles_g1', n_real=[0], n_synthetic=[20, 80], seeds=2),
-        'grid': dict(recipe='convnext_digits', real='digits', synthetic='names_g2', n_real=[20, 50], n_synthetic=[0, 40], seeds=2, real_share=.5)}
-    p['laws'] |= dict(fit_range=dict(real=[20, 80], typeset=[20, 80], names_g2=[20, 80]), compare=[['real', 'typeset'], ['real', 'names_g2']], x={},
-                      choices=dict(prompts=dict(among=['names_g2', 'styles_g1'], n_images=80, chosen='names_g2')))
-    p['report'] |= dict(scaling=['real', 'names_g2', 'typeset'], mixing=['grid'], grids=['grid'], labels={}, samples=['digits', 'typeset', 'names_g2'], factors=80)
+    p['classify'] |= dict(
+        seeds=2, curves={n: dict(set=n, n_images=[20, 40, 80]) for n in ('digits', 'rendered')},
+        mixtures=dict(grid=dict(real='digits', synthetic='names_g2', n_real=[20, 50], n_synthetic=[0, 40],
+                                real_share=.5)))
+    p['laws'] |= dict(
+        compare=[['digits', 'rendered'], ['digits', 'names_g2']],
+        model_selection=dict(prompts=dict(among=['names_g2', 'styles_g1'], n_images=80, selected='names_g2')))
+    p['report'] |= dict(scaling=['digits', 'names_g2', 'rendered'], mixing=['grid'], grids=['grid'], labels={},
+                        samples=['digits', 'rendered', 'names_g2'], factors_n_images=80)
     return p
 
+# %% ../nbs/00b_smoke.ipynb #cb24fedd
+def _models_used(study) -> list:
+    "The models that the sources use; the others are trained where they are shown."
+    return list(dict.fromkeys(s.model for s in study.generate.sources.values()))
+
+def _scored(study) -> list:
+    "The sets that are scored."
+    return list(pkgutil.resolve_name('synthscale.quality:scored_sets')(study))
+
+def _curves(study) -> list:
+    "The names of the curves."
+    return list(pkgutil.resolve_name('synthscale.curves:curves_of')(study))
+
+# stage -> the function that does it, the names that it is called with (None: it does everything at once), options
+_STAGES = {
+    'data': ('synthscale.data:build_set', attrgetter('data.sets'), {}),
+    'models': ('synthscale.models:build_model', _models_used, {}),
+    'prompts': ('synthscale.prompts:write_prompts', None, {}),
+    'generate': ('synthscale.workers:generate_source', attrgetter('generate.sources'), dict(workers=1)),
+    'evaluators': ('synthscale.evaluators:build_evaluator', attrgetter('evaluators'), {}),
+    'filters': ('synthscale.filters:filter_set', attrgetter('filters'), {}),
+    'merged': ('synthscale.merged:merge_sets', attrgetter('merged'), {}),
+    'quality': ('synthscale.quality:score_set', _scored, {}),
+    'classify': ('synthscale.classify:run_curve', _curves, dict(workers=1)),
+    'results': ('synthscale.results:collect', None, {}),
+    'laws': ('synthscale.laws:fit_study', None, {})}
+
+def run_smoke(study: Study,  # the study
+              stages         # names of stages, in order; 'all' means the first seven
+             ):
+    "Run stages of a small study one after the other, in this process."
+    for stage in [s for x in stages for s in (list(_STAGES)[:7] if x == 'all' else [x])]:
+        if stage not in _STAGES: raise ValueError(f'no smoke stage {stage!r}')
+        function, names, options = _STAGES[stage]
+        run = pkgutil.resolve_name(function)     # imported only now: the stages' own notebooks import this module
+        for args in [()] if names is None else [(n,) for n in names(study)]:
+            run(study, *args, **options)
+
+# %% ../nbs/00b_smoke.ipynb #5fefc57f
 @functools.cache
-def smoke_study(*stages    # of data, models, prompts, generate, judges, filters, unions, quality, classify, results, laws: run them, in this order; 'all' stands for the first seven
+def smoke_study(*stages    # of data, models, prompts, generate, evaluators, filters, merged, quality, classify, results
+                           # and laws: run them, in this order; 'all' means the first seven
                ) -> str:   # the study's folder
-    "Make the smoke study in a temporary folder and run the given stages in this process; once a process."
+    "Make the smoke study in a temporary folder and run the given stages in this process; once per process."
     from ruamel.yaml import YAML
     folder = Path(tempfile.mkdtemp(prefix='synthscale-smoke-'))
-    with open(folder/'params.yaml', 'w') as f: YAML().dump(smoke_params(), f)
+    with open(folder/'params.yaml', 'w') as f:
+        YAML().dump(smoke_params(), f)
     (folder/'data').symlink_to(smoke_inputs())
     run_smoke(Study(folder), stages)
     return str(folder)
-
-def run_smoke(study: Study,  # the study
-              stages         # names of stages, in order
-             ):
-    "Run stages of a small study one after the other, in this process."
-    stages = [s for x in stages for s in (('data', 'models', 'prompts', 'generate', 'judges', 'filters', 'unions') if x == 'all' else (x,))]
-    for stage in stages:
-        if stage == 'data':
-            from synthscale.data import build_set
-            for n in study.data.sets: build_set(study, n)
-        elif stage == 'models':
-            from synthscale.models import build_model
-            for n in dict.fromkeys(s.model for s in study.generate.sources.values()): build_model(study, n)      # the others are trained where they are shown
-        elif stage == 'prompts':
-            from synthscale.prompts import write_prompts
-            write_prompts(study)
-        elif stage == 'generate':
-            from synthscale.generate import generate_source
-            for n in study.generate.sources: generate_source(study, n, workers=1)
-        elif stage == 'judges':
-            from synthscale.judges import build_judge
-            for n in study.judges: build_judge(study, n)
-        elif stage == 'filters':
-            from synthscale.filters import filter_set
-            for n in study.filters: filter_set(study, n)
-        elif stage == 'unions':
-            from synthscale.unions import union_set
-            for n in study.unions: union_set(study, n)
-        elif stage == 'quality':
-            from synthscale.quality import score_source
-            for n in study.quality.sources: score_source(study, n)
-        elif stage == 'classify':
-            from synthscale.classify import run_curve
-            for n in study.classify.curves: run_curve(study, n, workers=1)
-        elif stage == 'results':
-            from synthscale.results import collect
-            collect(study)
-        elif stage == 'laws':
-            from synthscale.laws import fit_study
-            fit_study(study)
-        else: raise ValueError(f'no smoke stage {stage!r}')

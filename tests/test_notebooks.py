@@ -1,4 +1,4 @@
-"Every notebook is a lesson that asserts its own points: one test a notebook, as `nbdev_test` runs it."
+"Every notebook is a lesson that asserts its own points: one test per notebook, as `nbdev_test` runs it."
 import pytest
 from conftest import ROOT, sh
 

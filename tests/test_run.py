@@ -1,21 +1,34 @@
 "The runner: strict parameters, equal bytes, one writer, and nobody who outlives it."
-import os, signal, subprocess, sys, time
+import signal, subprocess, sys, time
 import nbformat, psutil, pytest
 from nbformat.v4 import new_code_cell, new_notebook
-from conftest import ROOT, dump, environment, sh
-from synthscale.run import RUN_HEADING, check_parameters, code_only, execute, main, new_study, normalise, notebook_bytes, run_alone
+from conftest import ROOT, WAIT, dump, environment, sh
+from synthscale.params import params_json
+from synthscale.run import main, new_study, run_alone
 from synthscale.smoke import smoke_params
+from synthscale.stages import RUN_HEADING, code_only, normalise, notebook_bytes
 from synthscale.study import Study, StudyError
 
 def study(folder, *cells):
-    "A study folder whose stage `demo` consists of the given cells."
+    "A study folder whose stage `demo` consists of the given cells, as prepare would leave it."
     dump(smoke_params(), folder/'params.yaml')
-    nb = new_notebook(cells=[new_code_cell("study_dir: str = ''  # where\nn: int = 3  # how many", metadata={'tags': ['parameters']}), *[new_code_cell(c, metadata={'tags': []}) for c in cells]])
-    (folder/'build'/'nbs').mkdir(parents=True)
-    (folder/'build'/'nbs'/'99_demo.ipynb').write_bytes(notebook_bytes(normalise(nb)))
+    first = new_code_cell("study_dir: str = ''  # where\nn: int = 3  # how many", metadata={'tags': ['parameters']})
+    nb = normalise(new_notebook(cells=[first, *[new_code_cell(c, metadata={'tags': []}) for c in cells]]))
+    nb.metadata['code'] = {}                               # nothing of the package is beside the study
+    for place in ('nbs', 'build/nbs'):
+        (folder/place).mkdir(parents=True)
+        (folder/place/'99_demo.ipynb').write_bytes(notebook_bytes(nb))
+    (folder/'build'/'params.json').write_text(params_json(Study(folder)))
     return folder
 
-def run(folder, *args): return main([*args, '--study', str(folder)])
+def wait_for(there, process):
+    "Until something is there, or the process that is to make it has ended."
+    while not there() and process.poll() is None:
+        time.sleep(.05)
+    assert there()
+
+def run(folder, *args):
+    return main([*args, '--study', str(folder)])
 
 def test_a_parameter_arrives_and_the_folder_is_the_study(tmp_path):
     d = study(tmp_path, "import os\nopen('seen.txt', 'w').write(f'{n} {os.getcwd()}')")
@@ -24,7 +37,8 @@ def test_a_parameter_arrives_and_the_folder_is_the_study(tmp_path):
     assert (d/'runs'/'demo'/'9.ipynb').exists()
 
 def test_two_runs_give_the_same_bytes_without_progress_bars(tmp_path):
-    d = study(tmp_path, "import time, sys\nfrom tqdm import tqdm\nfor i in tqdm(range(3)): time.sleep(.01)\nprint('done')\nn")
+    d = study(tmp_path, "import time, sys\nfrom tqdm import tqdm\n"
+                        "for i in tqdm(range(3)): time.sleep(.01)\nprint('done')\nn")
     assert run(d, 'demo') == 0
     first = (d/'runs'/'demo'/'demo.ipynb').read_bytes()
     assert b'done' in first and b'it/s' not in first
@@ -32,11 +46,18 @@ def test_two_runs_give_the_same_bytes_without_progress_bars(tmp_path):
     assert (d/'runs'/'demo'/'demo.ipynb').read_bytes() == first
 
 @pytest.mark.parametrize('args, words', [
-    (['demo', '-p', 'm', '1'], "99_demo.ipynb has no parameter 'm'"), (['demo', '-p', 'n', 'x'], "parameter 'n': 'x' is not a value of type int"),
-    (['dmo'], "no stage 'dmo'"), (['demo', 'n'], "takes parameters as '-p NAME VALUE'")])
+    (['demo', '-p', 'm', '1'], "99_demo.ipynb has no parameter 'm'"),
+    (['demo', '-p', 'n', 'x'], "parameter 'n': 'x' is not a value of type int"),
+    (['dmo'], "no stage 'dmo'")])
 def test_wrong_calls_are_named(tmp_path, capsys, args, words):
     assert run(study(tmp_path, 'n'), *args) == 1
     assert words in capsys.readouterr().err
+
+@pytest.mark.parametrize('args', [['demo', 'n'], ['demo', '-p', 'n'], ['demo', '-q', 'n', '1']])
+def test_wrong_forms_of_a_call_show_the_right_one(tmp_path, capsys, args):
+    with pytest.raises(SystemExit):
+        run(study(tmp_path, 'n'), *args)
+    assert '[-p NAME VALUE]' in capsys.readouterr().err and not (tmp_path/'runs').exists()
 
 def test_a_lost_tag_is_an_error(tmp_path, capsys):
     d = study(tmp_path, 'n')
@@ -58,20 +79,23 @@ def kernels(pid):
 
 @pytest.mark.parametrize('sig', [signal.SIGKILL, signal.SIGTERM])
 def test_the_kernel_dies_with_the_runner(tmp_path, sig):
-    d = study(tmp_path, "from synthscale.study import die_with_parent\ndie_with_parent()\nopen('up', 'w')\nimport time\ntime.sleep(120)")
-    p = subprocess.Popen([sys.executable, '-m', 'synthscale.run', 'demo'], cwd=d, env=environment() | {'PYTHONPATH': str(ROOT)})
-    deadline = time.time()+60
-    while not (d/'up').exists() and time.time() < deadline: time.sleep(.1)
+    d = study(tmp_path, "from synthscale.study import die_with_parent\ndie_with_parent()\n"
+                        "open('up', 'w')\nimport time\ntime.sleep(600)")
+    env = environment() | {'PYTHONPATH': str(ROOT)}
+    p = subprocess.Popen([sys.executable, '-m', 'synthscale.run', 'demo'], cwd=d, env=env)
+    wait_for((d/'up').exists, p)
     [kernel] = kernels(p.pid)
     p.send_signal(sig)
-    p.wait(20)
-    psutil.wait_procs([kernel], timeout=20)
+    p.wait(WAIT)
+    psutil.wait_procs([kernel], timeout=120)               # its cell alone would go on for ten minutes
     assert not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE
 
 def test_a_second_writer_waits(tmp_path):
     d = study(tmp_path, "import time\nopen('log', 'a').write('in ')\ntime.sleep(2)\nopen('log', 'a').write('out ')")
-    ps = [subprocess.Popen([sys.executable, '-m', 'synthscale.run', 'demo'], cwd=d, env=environment() | {'PYTHONPATH': str(ROOT)}, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = ''.join(p.communicate(timeout=120)[1] for p in ps)
+    env = environment() | {'PYTHONPATH': str(ROOT)}
+    ps = [subprocess.Popen([sys.executable, '-m', 'synthscale.run', 'demo'], cwd=d, env=env,
+                           stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = ''.join(p.communicate(timeout=WAIT)[1] for p in ps)
     assert [p.returncode for p in ps] == [0, 0]
     assert (d/'log').read_text() == 'in out in out ' and 'waiting for another run of demo-demo' in said
 
@@ -80,14 +104,24 @@ def test_dvc_killed_over_its_lock_file(tmp_path):
     d = study(tmp_path, 'n')
     old = "schema: '2.0'\nstages:\n  a:\n    cmd: x\n    outs:\n    - path: o\n      md5: "+'a'*32+"\n      size: 1\n"
     (d/'dvc.lock').write_text(old)
-    code = "import subprocess, sys, time\nsubprocess.run([sys.executable, '-m', 'synthscale.run', 'demo'], check=True)\nf = open('dvc.lock', 'w')\nf.write('schema: \\'2.0\\'\\nstag')\nf.flush()\nopen('half', 'w')\ntime.sleep(60)"
-    p = subprocess.Popen([sys.executable, '-c', code], cwd=d, env=environment() | {'PYTHONPATH': str(ROOT), 'DVC_STAGE': 'demo'})
-    deadline = time.time()+60
-    while not (d/'half').exists() and time.time() < deadline: time.sleep(.05)
+    code = """
+import subprocess, sys, time
+subprocess.run([sys.executable, '-m', 'synthscale.run', 'demo'], check=True)
+f = open('dvc.lock', 'w')
+f.write("schema: '2.0'\\nstag")
+f.flush()
+open('half', 'w')
+time.sleep(600)
+"""
+    env = environment() | {'PYTHONPATH': str(ROOT), 'DVC_STAGE': 'demo'}
+    p = subprocess.Popen([sys.executable, '-c', code], cwd=d, env=env)
+    wait_for((d/'half').exists, p)
     assert 'stag' in (d/'dvc.lock').read_text()[-5:]
-    p.kill(); p.wait()
-    deadline = time.time()+10
-    while (d/'dvc.lock').read_text() != old and time.time() < deadline: time.sleep(.05)
+    p.kill()
+    p.wait()
+    deadline = time.time()+120
+    while (d/'dvc.lock').read_text() != old and time.time() < deadline:
+        time.sleep(.05)
     assert (d/'dvc.lock').read_text() == old
 
 def test_every_stage_notebook_strips_to_code_that_compiles():
@@ -95,16 +129,75 @@ def test_every_stage_notebook_strips_to_code_that_compiles():
         nb = code_only(nbformat.read(p, 4), 'study')
         if nb is None: continue
         assert RUN_HEADING not in str(nb) and all(c.cell_type == 'code' for c in nb.cells)
-        for c in nb.cells: compile(c.source, p.name, 'exec')
+        for c in nb.cells:
+            compile(c.source, p.name, 'exec')
+
+# ---- a study of one's own
+
+@pytest.fixture
+def clone(tmp_path):
+    "What new-study reads of a clone, in a git repository."
+    root = tmp_path/'clone'
+    (root/'studies').mkdir(parents=True)
+    for name in ('dvc.yaml', 'params.yaml', '.dvcignore'):
+        (root/name).write_bytes((ROOT/name).read_bytes())
+    sh('git init -q', root)
+    return root
+
+def everything(folder):
+    "All files and folders below one, with their contents."
+    return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob('*')}
+
+def in_use(root):
+    "A folder that somebody works in."
+    (root/'studies'/'mine').mkdir()
+    (root/'studies'/'mine'/'notes.txt').write_text('mine')
+    return root/'studies'/'mine'
+
+def a_file(root):
+    "A file where the folder would be."
+    (root/'studies'/'mine').write_text('mine')
+    return root/'studies'/'mine'
+
+@pytest.mark.parametrize('place, words', [
+    (in_use, 'not empty'), (a_file, 'not empty'),
+    (lambda root: root/'studies'/'my study', "'my study': expected letters, digits"),
+    (lambda root: root/'studies'/'a.b', "'a.b': expected letters, digits"),
+    (lambda root: root/'studies'/'größe', 'expected letters, digits'),
+    (lambda root: root.parent/'mine', 'a study is inside the repository'),
+    (lambda root: root, 'not empty')])
+def test_a_study_that_cannot_be_laid_out_is_refused(clone, place, words):
+    folder, before = place(clone), everything(clone.parent)
+    with pytest.raises(StudyError, match=words):
+        new_study(folder, clone)
+    assert everything(clone.parent) == before
+
+def test_a_study_outside_of_git_is_refused(clone):
+    sh('rm -rf .git', clone)
+    before = everything(clone)
+    with pytest.raises(StudyError, match="not a git repository.*'git init'"):
+        new_study(clone/'studies'/'mine', clone)
+    assert everything(clone) == before
+
+def test_the_command_refuses_as_the_function_does(tmp_path):
+    out = sh(['synthscale', 'new-study', str(tmp_path/'mine')], tmp_path, ok=False)
+    assert out.startswith('synthscale: ') and 'inside the repository' in out and not list(tmp_path.iterdir())
+
+# ---- results of one's own
 
 def test_own_results_need_a_place_and_a_file(tmp_path):
-    with pytest.raises(StudyError, match='-p out FOLDER'): run_alone('laws', {'curves': 'x.csv'})
-    with pytest.raises(StudyError, match='no such file'): run_alone('laws', {'curves': str(tmp_path/'x.csv'), 'out': str(tmp_path/'o')})
+    with pytest.raises(StudyError, match='-p out FOLDER'):
+        run_alone('laws', {'curves': 'x.csv'})
+    with pytest.raises(StudyError, match='no such file'):
+        run_alone('laws', {'curves': str(tmp_path/'x.csv'), 'out': str(tmp_path/'o')})
 
 @pytest.mark.parametrize('stage, made', [('laws', 'laws.csv'), ('report', 'scaling_test.png')])
 def test_laws_and_report_of_your_own_curves(tmp_path, stage, made):
     import pandas as pd
-    pd.DataFrame([dict(curve=c, n_images=n, seed=s, value=(2+s/100)*n**-k) for c, k in (('photos', .5), ('generated', .2)) for n in (10, 20, 40, 80) for s in range(3)]).to_csv(tmp_path/'my.csv', index=False)
+    rows = [dict(curve=c, n_images=n, seed=s, value=(2+s/100)*n**-k)
+            for c, k in (('photos', .5), ('generated', .2)) for n in (10, 20, 40, 80) for s in range(3)]
+    pd.DataFrame(rows).to_csv(tmp_path/'my.csv', index=False)
     sh(['synthscale', stage, '-p', 'curves', 'my.csv', '-p', 'out', 'mine'], tmp_path)
     assert (tmp_path/'mine'/made).exists() and (tmp_path/'mine'/f'{stage}.ipynb').exists()
-    if stage == 'laws': assert pd.read_csv(tmp_path/'mine'/'laws.csv').k.round(6).tolist() == [.5, .2]
+    if stage == 'laws':
+        assert pd.read_csv(tmp_path/'mine'/'laws.csv').k.round(6).tolist() == [.5, .2]

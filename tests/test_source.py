@@ -1,8 +1,10 @@
 "The notebooks are the source: what is exported, cleaned and written from them is what is committed."
-import ast, re, shutil
+import ast, copy, re
 import nbformat, pytest
 from conftest import ROOT, copy_repo, load, sh
-from synthscale.run import readme_text, stage_of
+from synthscale.params import resolved
+from synthscale.stages import stage_of
+from synthscale.study import Study
 
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 PIPELINE = load(ROOT/'dvc.yaml')['stages']
@@ -37,47 +39,78 @@ def test_stage_notebook_keeps_its_parameters_tag(path):
     assert len(tagged) == 1 and 'study_dir: str' in tagged[0].source
     assert all('#' in line for line in tagged[0].source.split('\n')), 'every parameter says what it means'
 
-def imports(module, seen=None):
-    "The modules of this package that a module imports, at any depth."
-    seen = set() if seen is None else seen
-    if module in seen: return seen
-    seen.add(module)
-    for node in ast.walk(ast.parse((ROOT/'synthscale'/f'{module}.py').read_text())):
-        if isinstance(node, ast.ImportFrom):      # nbdev writes imports of the package as relative ones
-            if node.level == 1 and node.module: imports(node.module, seen)
-            elif (node.module or '').startswith('synthscale.'): imports(node.module.split('.')[1], seen)
-        if isinstance(node, ast.Import):
-            for a in node.names:
-                if a.name.startswith('synthscale.'): imports(a.name.split('.')[1], seen)
-    return seen
+def texts(spec, key):
+    "The dependencies of a stage of dvc.yaml, or the keys that it takes from build/params.json."
+    found = spec.get('do', spec).get(key, [])
+    return found if key == 'deps' else [k for f in found for keys in f.values() for k in keys]
 
-@pytest.mark.parametrize('stage', [s for s in PIPELINE if s != 'strip'])
-def test_stage_depends_on_the_import_closure_of_its_module(stage):
-    spec = PIPELINE[stage]
-    deps = spec.get('do', spec)['deps']
-    modules = {m.group(1) for d in deps if (m := re.match(r'\$\{root\}/synthscale/(\w+)\.py', d))}
-    assert modules == imports(stage)
-    assert [d for d in deps if d.startswith('build/nbs/') and stage_of(d) == stage]
+@pytest.mark.parametrize('stage', list(PIPELINE))
+def test_stage_depends_on_its_own_notebook_for_code(stage):
+    "The copy in build/nbs has the hashes of the code that it imports; only prepare, which writes it, sees the code."
+    deps = texts(PIPELINE[stage], 'deps')
+    code = [d for d in deps if d.startswith(('${root}', 'build/', 'nbs/', 'synthscale/'))]
+    if stage == 'prepare':
+        assert code == ['${root}/nbs', '${root}/synthscale']
+        return
+    command = re.search(r'synthscale.run (\w+)', str(PIPELINE[stage])).group(1)
+    [own] = code
+    assert stage_of(own) == command and (ROOT/'nbs'/own.split('/')[-1]).exists()
+
+def tracked(params):
+    "The parts of build/params.json that some stage depends on: key of dvc.yaml, * for any name -> what is there."
+    keys = {re.sub(r'\$\{[^}]*\}', '*', k) for spec in PIPELINE.values() for k in texts(spec, 'params')}
+    return {k: below(params, k.split('.')) for k in keys}
+
+def below(d, parts):
+    "What is under a key of nested dicts, * for any name."
+    if not parts: return d
+    if parts[0] == '*': return {k: below(v, parts[1:]) for k, v in d.items()}
+    return below(d[parts[0]], parts[1:])
+
+def leaves(d, path=()):
+    "The paths of nested dicts to what is no dict, or to an empty one."
+    if not isinstance(d, dict) or not d: return [path]
+    return [p for k, v in d.items() for p in leaves(v, (*path, str(k)))]
+
+def covers(key, path):
+    "Whether a key of dvc.yaml is at or above a path."
+    parts = key.split('.')
+    return len(parts) <= len(path) and all(a in ('*', b) for a, b in zip(parts, path))
+
+ELSEWHERE = {       # no stage depends on these, because build/params.json has them also where they are used
+    'generate.n_images': 'in every source', 'generate.steps': 'in every source',
+    'quality.n_images': 'in every scored set', 'recipes': 'in every curve and evaluator that is trained by one',
+    'filters': 'nothing, if there is none', 'merged': 'nothing, if there is none'}
 
 def test_every_parameter_is_a_dependency():
-    "A key of params.yaml that no stage depends on could change without a rerun."
-    params, tracked = load(ROOT/'params.yaml'), set()
-    for spec in PIPELINE.values():
-        for p in spec.get('do', spec).get('params', []): tracked.add(re.sub(r'\$\{(key|item\.\w+)\}', '*', p))
-    def leaves(d, path=()):
-        for k, v in d.items(): yield from leaves(v, (*path, k)) if isinstance(v, dict) else [(*path, k)]
-    def covered(path):
-        return any(len(t := p.split('.')) <= len(path) and all(a in ('*', b) for a, b in zip(t, path)) for p in tracked)
-    assert [p for p in leaves(params) if p != ('root',) and not covered(p)] == []
+    "A parameter that no stage depends on could change without a rerun."
+    params = resolved(Study(ROOT))
+    lost = ['.'.join(p) for p in leaves(params) if not any(covers(k, p) for k in tracked(params))]
+    assert [p for p in lost if not any(covers(k, p.split('.')) for k in ELSEWHERE)] == []
+
+@pytest.mark.parametrize('key, value', [
+    ('generate.n_images', 20), ('generate.steps', 3), ('quality.n_images', 7),
+    ('classify.seeds', 2), ('classify.recipe', 'vit_tiny_digits'), ('classify.one_seed_above', 30),
+    ('recipes.convnext_digits.label_smoothing', .2)])
+def test_a_default_of_many_reaches_each_that_has_none_of_its_own(key, value):
+    before, raw = Study(ROOT), copy.deepcopy(Study(ROOT).raw)
+    *parts, last = key.split('.')
+    below(raw, parts)[last] = value
+    then, now = tracked(resolved(before)), tracked(resolved(Study(ROOT, raw)))
+    assert then.keys() == now.keys() and then != now
 
 def test_study_pipelines_are_copies_of_the_root():
-    for p in ROOT.glob('studies/*/dvc.yaml'): assert p.read_bytes() == (ROOT/'dvc.yaml').read_bytes(), p
+    for p in ROOT.glob('studies/*/dvc.yaml'):
+        assert p.read_bytes() == (ROOT/'dvc.yaml').read_bytes(), p
 
 def test_public_functions_are_documented():
     for p in sorted((ROOT/'synthscale').glob('[!_]*.py')):
         for node in ast.parse(p.read_text()).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_'): assert ast.get_docstring(node), f'{p.name}: {node.name}'
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith('_'): continue
+            assert ast.get_docstring(node), f'{p.name}: {node.name}'
 
 def test_import_is_fast():
-    out = sh(['python', '-X', 'importtime', '-c', 'import synthscale, synthscale.study, sys; assert not {"torch", "timm", "diffusers", "pandas"} & set(sys.modules)'], ROOT)
+    heavy = '{"torch", "timm", "diffusers", "pandas"} & set(sys.modules)'
+    code = f'import synthscale, synthscale.study, sys; assert not {heavy}'
+    out = sh(['python', '-X', 'importtime', '-c', code], ROOT)
     assert 'synthscale' in out
