@@ -73,7 +73,8 @@ def with_remote(d):
     assert 'up to date' in said or ran, said
     noop, again, _ = cpu('dvc repro', new)
     remote = sum(f.stat().st_size for f in (new/'remote').rglob('*') if f.is_file())/1e6
-    return dict(pull_cpu_s=pull, repro_cpu_s=repro, repro_ran=ran, noop_cpu_s=noop, noop_ran=again, remote_mb=round(remote, 1))
+    return dict(pull_cpu_s=pull, repro_cpu_s=repro, repro_ran=ran, noop_cpu_s=noop, noop_ran=again,
+                remote_mb=round(remote, 1))
 
 def before(d, rev):
     "The same of an older commit, whose first command was dvc repro --pull."
@@ -89,7 +90,8 @@ def main():
     given = a.parse_args()
     packages = ('torch', 'timm', 'diffusers', 'dvc', 'ruamel.yaml.clib')
     versions = {p: version(p) for p in packages}
-    out = dict(benchmark='study', study='digits', cores=joblib.cpu_count(), python=platform.python_version(), **versions)
+    machine = dict(cores=joblib.cpu_count(), python=platform.python_version())
+    out = dict(benchmark='study', study='digits', **machine, **versions)
     with tempfile.TemporaryDirectory() as d:
         out |= with_remote(Path(d))
         if given.before:
