@@ -125,4 +125,4 @@ def why(study: Study,        # the study
         rows += [dict(what=w, name=n) for w, n in code_changes(_code_then(study, entry, rev), now)]
     rows += [dict(what='parameter', name=k, before=a, now=b) for k, a, b in parameter_changes(entry, resolved(study))]
     rows += [dict(what='input', name=p, now=w) for p, w in input_changes(study, stage, entry, rev)]
-    return pd.DataFrame(rows, columns=['what', 'name', 'before', 'now']).astype(object).fillna('')
+    return pd.DataFrame(rows, columns=['what', 'name', 'before', 'now'], dtype=object).fillna('')

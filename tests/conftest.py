@@ -82,6 +82,7 @@ def finished_params():
     p['models'] = {'mini_sd': p['models']['mini_sd']}      # the others are trained by their notebook's lesson
     for part in ('vae', 'unet'):
         p['models']['mini_sd'][part]['steps'] = 20
+    p['recipes']['convnext_digits']['samples_seen_at_100'] = 320
     p['data']['shard_size'] = 1000        # one shard per source, so that no stage starts Ray, which has its own tests
     p['generate']['sources'] = {'names_g2': p['generate']['sources']['names_g2']}
     p['quality']['sets'], p['filters'], p['merged'] = {}, {}, {}          # test_pipeline adds one of each

@@ -62,9 +62,16 @@ def test_a_set_is_added_alone_and_leaves_nothing_when_it_is_removed(repo):
     edit(repo, add)
     assert ran(sh('dvc repro', repo)) == {'prepare', 'data@plain', 'quality_sets@plain', 'classify@plain', *AGGREGATES}
     assert 'plain' in set(pd.read_csv(repo/'results'/'curves.csv').curve)
+    def less(p):
+        del p['quality']['sets']['plain'], p['classify']['curves']['plain']
+    edit(repo, less)
+    assert ran(sh('dvc repro', repo)) == {'prepare', *AGGREGATES}
+    assert tables(repo) == before
+    left = ['costs/data-plain.json', 'data/plain', 'data/plain.ipynb']
+    assert sorted(p.relative_to(repo/'runs').as_posix() for p in (repo/'runs').glob('*/*plain*')) == left
     (repo/'params.yaml').write_bytes(original)
     assert ran(sh('dvc repro', repo)) <= {'prepare', *AGGREGATES}
-    assert tables(repo) == before
+    assert tables(repo) == before and not list((repo/'runs').glob('*/*plain*'))
     sh('dvc push -q && git add -A && git commit -qm back', repo)
     sh('git clone -q repo clone', repo.parent)
     out = sh('dvc repro --pull', repo.parent/'clone')
@@ -207,7 +214,7 @@ def test_a_set_that_does_not_exist(repo):
     assert "did you mean 'digits'" in sh(['synthscale', 'check'], repo, ok=False)
 
 def test_more_images_than_the_set_holds(repo):
-    edit(repo, lambda p: p['classify']['curves']['digits'].update(n_images=[20, 40, 5000]))
+    edit(repo, lambda p: p['classify']['curves']['digits'].update(n_images=[20, 80, 5000]))
     out = fails(repo)
     assert "curve 'digits', real images: set 'digits' has" in out and '5000 were asked for' in out
 
