@@ -85,6 +85,8 @@ def finished_params():
     p['recipes']['convnext_digits']['samples_seen_at_100'] = 320
     p['data']['shard_size'] = 1000        # one shard per source, so that no stage starts Ray, which has its own tests
     p['generate']['sources'] = {'names_g2': p['generate']['sources']['names_g2']}
+    del p['evaluators']['in_domain_classifier']
+    p['quality']['in_domain_evaluator'] = 'real_classifier'               # one plays both parts
     p['quality']['sets'], p['filters'], p['merged'] = {}, {}, {}          # test_pipeline adds one of each
     p['classify'] |= dict(curves={'digits': p['classify']['curves']['digits']}, compute_seeds=1)
     choice = dict(among=['digits', 'names_g2'], n_images=80, selected='names_g2')
