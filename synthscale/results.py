@@ -96,10 +96,13 @@ def prune(folder,  # folder of outs
     return [p.name for p in gone]
 
 def prune_costs(folder,  # runs/costs
-                names    # that stages are run with
+                names    # stage -> the names that it is run with
                ) -> list:
     "Delete the costs of stages that are gone, e.g. classify-CURVE.json of a removed curve; returns their names."
-    gone = [p for p in Path(folder).glob('*-*.json') if p.stem.partition('-')[2] not in names]
+    def there(p):
+        stage, _, name = p.stem.partition('-')
+        return name in names.get(stage, ())
+    gone = [p for p in Path(folder).glob('*-*.json') if not there(p)]
     for p in gone:
         p.unlink()
     return [p.name for p in gone]
@@ -145,15 +148,21 @@ def _read(study, stage, name, file):
     if not path.exists(): raise StudyError(f"{path}: no such file; 'dvc repro {_maker(study, stage, name)}' makes it")
     return pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path)
 
+def _sources(study):
+    "The names of the sources."
+    return list(study.raw.get('generate', {}).get('sources', {}))
+
 def collect(study: Study   # the study
            ) -> pd.DataFrame:
     "Write results/curves.csv, per_class.parquet, compute_check.csv, quality.csv and summary.csv; returns the first."
     curves, scored = list(curves_of(study)), list(scored_sets(study))
-    trained = dict.fromkeys([*curves, *study.raw.get('generate', {}).get('sources', {})])
+    trained = dict.fromkeys([*curves, *_sources(study)])
     prune(study.path('runs', 'classify'), trained)
     prune(study.path('runs', 'quality'), scored)
     prune(study.path('runs', 'data'), study.sets)
-    prune_costs(study.path('runs', 'costs'), [*study.sets, *study.models, *study.evaluators, *trained])
+    own = {k: list(study.raw.get(k, {})) for k in ('models', 'evaluators', 'filters', 'merged')}
+    prune_costs(study.path('runs', 'costs'), own | dict(data=list(study.data.sets), generate=_sources(study),
+                                                        quality=scored, classify=list(trained)))
 
     def join(stage, names, file):
         return pd.concat([_read(study, stage, n, file) for n in names], ignore_index=True)

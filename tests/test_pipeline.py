@@ -67,8 +67,7 @@ def test_a_set_is_added_alone_and_leaves_nothing_when_it_is_removed(repo):
     edit(repo, less)
     assert ran(sh('dvc repro', repo)) == {'prepare', *AGGREGATES}
     assert tables(repo) == before
-    # the set is still there, and costs are kept by name: those of its removed curve and scores as well
-    left = [*(f'costs/{s}-plain.json' for s in ('classify', 'data', 'quality')), 'data/plain', 'data/plain.ipynb']
+    left = ['costs/data-plain.json', 'data/plain', 'data/plain.ipynb']
     assert sorted(p.relative_to(repo/'runs').as_posix() for p in (repo/'runs').glob('*/*plain*')) == left
     (repo/'params.yaml').write_bytes(original)
     assert ran(sh('dvc repro', repo)) <= {'prepare', *AGGREGATES}
