@@ -11,7 +11,7 @@ from .study import Count, Ident, Key, Positive, Rate, Section, Study, StudyError
 
 # %% auto #0
 __all__ = ['EvalSpec', 'OneSetCurve', 'MixtureCurve', 'ClassifySection', 'CurveSpec', 'is_synthetic', 'curves_of', 'curve_of',
-           'Point', 'curve_points']
+           'Point', 'curve_points', 'ScoredSet', 'QualitySection', 'scored_sets']
 
 # %% ../nbs/00g_curves.ipynb #a3000007
 _Sizes = Annotated[list[Count], Field(min_length=1)]
@@ -177,3 +177,23 @@ def curve_points(c: CurveSpec,              # the curve
     ends = dict.fromkeys([c.sizes[0], c.sizes[-1]])
     once = [at(s, k, 1) for s in c.sizes for k in range(c.seeds_at(s))]
     return once + [at(s, k, 2) for s in ends for k in range(min(c.seeds_at(s), compute_seeds or c.seeds))]
+
+# %% ../nbs/00g_curves.ipynb #a3000017
+class ScoredSet(Section):
+    "A set under data.sets that is scored beside the sources."
+    split: Ident = 'train'
+    n_images: Union[Positive, None] = None     # null: quality.n_images
+
+class QualitySection(Section):
+    "Which evaluators score the images, and how many images of each set."
+    n_images: Positive = 2000        # of each set: the first ones of the class-balanced order of seed 0
+    real_evaluator: Ident = ''       # trained on real images: measures the domain gap; empty: not scored by one
+    in_domain_evaluator: Ident = ''  # trained on artificial images: measures whether the concept is there; empty: none
+    sets: dict[Key, ScoredSet] = {}
+
+def scored_sets(study: Study    # the study
+               ) -> dict:       # set -> ScoredSet with its number of images, data sets first
+    "All sets that are scored, in the order of the tables."
+    q = study.quality
+    own = {n: s.model_copy(update={'n_images': s.n_images or q.n_images}) for n, s in q.sets.items()}
+    return own | {n: ScoredSet(n_images=q.n_images) for n in study.raw.get('generate', {}).get('sources', {})}

@@ -6,12 +6,11 @@
 from __future__ import annotations
 import json, re, string
 from pydantic import BaseModel, TypeAdapter
-from .curves import curves_of, is_synthetic
+from .curves import curves_of, is_synthetic, scored_sets
 from .data import HubImagesSpec, ImagesSpec, TilesSpec
 from .generate import source_spec
 from .laws import fit_ranges
 from .models import HubFiles, HubSpec, LocalSpec
-from .quality import scored_sets
 from .report import labels_of
 from .study import SECTIONS, Study, StudyError, file_sha256, nearest
 

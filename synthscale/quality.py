@@ -4,35 +4,14 @@
 
 # %% ../nbs/05_quality.ipynb #11e03a90
 from __future__ import annotations
-from typing import Union
 import numpy as np
 import pandas as pd
+from .curves import scored_sets
 from .shards import load_set, subset
-from .study import Ident, Key, Positive, Section, Study, StudyError, nearest, write_csv
+from .study import Study, StudyError, nearest, write_csv
 
 # %% auto #0
-__all__ = ['ScoredSet', 'QualitySection', 'scored_sets', 'recognizability', 'recognized', 'diversity', 'duplicate_rate',
-           'class_scores', 'score_set']
-
-# %% ../nbs/05_quality.ipynb #a9c027d9
-class ScoredSet(Section):
-    "A set under data.sets that is scored beside the sources."
-    split: Ident = 'train'
-    n_images: Union[Positive, None] = None     # null: quality.n_images
-
-class QualitySection(Section):
-    "Which evaluators score the images, and how many images of each set."
-    n_images: Positive = 2000        # of each set: the first ones of the class-balanced order of seed 0
-    real_evaluator: Ident = ''       # trained on real images: measures the domain gap; empty: not scored by one
-    in_domain_evaluator: Ident = ''  # trained on artificial images: measures whether the concept is there; empty: none
-    sets: dict[Key, ScoredSet] = {}
-
-def scored_sets(study: Study    # the study
-               ) -> dict:       # set -> ScoredSet with its number of images, data sets first
-    "All sets that are scored, in the order of the tables."
-    q = study.quality
-    own = {n: s.model_copy(update={'n_images': s.n_images or q.n_images}) for n, s in q.sets.items()}
-    return own | {n: ScoredSet(n_images=q.n_images) for n in study.raw.get('generate', {}).get('sources', {})}
+__all__ = ['recognizability', 'recognized', 'diversity', 'duplicate_rate', 'class_scores', 'score_set']
 
 # %% ../nbs/05_quality.ipynb #844f0160
 def recognizability(labels,          # class each image was made for

@@ -12,9 +12,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from .curves import curves_of
+from .curves import curves_of, scored_sets
 from .laws import equivalent_table, fit_table, measured, with_n
-from .quality import scored_sets
 from .results import read_curves, summary
 from .study import Ident, Positive, Section, Study, StudyError, write_atomic, write_csv
 

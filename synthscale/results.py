@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
-from .curves import curves_of
-from .quality import scored_sets
+from .curves import curves_of, scored_sets
 from .recipes import METRICS
 from .study import Study, StudyError, nearest, write_csv
 

@@ -123,7 +123,7 @@ def _models_used(study) -> list:
 
 def _scored(study) -> list:
     "The sets that are scored."
-    return list(pkgutil.resolve_name('synthscale.quality:scored_sets')(study))
+    return list(pkgutil.resolve_name('synthscale.curves:scored_sets')(study))
 
 def _curves(study) -> list:
     "The names of the curves."

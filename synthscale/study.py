@@ -154,7 +154,7 @@ SECTIONS = {      # section of params.yaml -> module and class that type it
     'study': 'study.StudyInfo', 'data': 'data.DataSection', 'models': 'models.ModelsSection',
     'prompts': 'prompts.PromptsSection', 'generate': 'generate.GenerateSection', 'recipes': 'recipes.RecipesSection',
     'evaluators': 'evaluators.EvaluatorsSection', 'filters': 'filters.FiltersSection', 'merged': 'merged.MergedSection',
-    'quality': 'quality.QualitySection', 'classify': 'curves.ClassifySection', 'laws': 'laws.LawsSection',
+    'quality': 'curves.QualitySection', 'classify': 'curves.ClassifySection', 'laws': 'laws.LawsSection',
     'report': 'report.ReportSection'}
 
 def section_class(name: str    # of a section
