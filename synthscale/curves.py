@@ -193,7 +193,8 @@ class QualitySection(Section):
 
 def scored_sets(study: Study    # the study
                ) -> dict:       # set -> ScoredSet with its number of images, data sets first
-    "All sets that are scored, in the order of the tables."
-    q = study.quality
+    "All sets that are scored, in the order of the tables; of a source with fewer images than that, all of them."
+    q, g = study.quality, study.raw.get('generate') or {}
     own = {n: s.model_copy(update={'n_images': s.n_images or q.n_images}) for n, s in q.sets.items()}
-    return own | {n: ScoredSet(n_images=q.n_images) for n in study.raw.get('generate', {}).get('sources', {})}
+    made = {n: s.get('n_images') or g.get('n_images') or q.n_images for n, s in (g.get('sources') or {}).items()}
+    return own | {n: ScoredSet(n_images=min(q.n_images, k)) for n, k in made.items()}
