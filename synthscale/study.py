@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_study.ipynb #11e03a90
 from __future__ import annotations
-import difflib, errno, functools, hashlib, importlib, json, os, shutil, threading, time
+import difflib, errno, functools, hashlib, importlib, json, os, reprlib, shutil, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Union, get_args, get_origin
@@ -18,6 +18,13 @@ __all__ = ['Ident', 'Key', 'Count', 'Positive', 'Rate', 'SECTIONS', 'StudyError'
            'write_atomic', 'link_or_copy', 'file_sha256', 'write_csv', 'note_made', 'made_before', 'die_with_parent']
 
 # %% ../nbs/00_study.ipynb #30882720
+def _short_repr(value):
+    "A value as a message shows it: a file of aliases that repeat each other is no message of 25 MB."
+    r = reprlib.Repr()
+    r.maxlevel, r.maxstring, r.maxother, r.maxlong = 4, 160, 160, 80
+    r.maxdict = r.maxlist = r.maxtuple = r.maxset = 12
+    return r.repr(value)
+
 class StudyError(ValueError):
     "The study asks for something that is not there or cannot be: the message names the file and the key."
 
@@ -29,7 +36,7 @@ class StudyError(ValueError):
            hint: str = ''     # appended as it is, e.g. what `nearest` gives
           ):
         "The error of one value, always in the same form: KEY is FOUND: expected EXPECTED."
-        return cls(f"{key} is {found!r}: expected {expected}{hint}")
+        return cls(f"{key} is {_short_repr(found)}: expected {expected}{hint}")
 
 class FatalError(StudyError):
     "What was tried will fail for everything else, too: a full disk, a broken model. Such work stops at once."
@@ -120,8 +127,17 @@ def _explain(e, data, file, section, model):
     if e['type'].startswith('union_tag'):
         tags = e['ctx'].get('expected_tags', '').replace("'", '').split(', ') if 'ctx' in e else []
         got = e['input'].get('type') if isinstance(e['input'], dict) else e['input']
-        return f"{file}: {key}.type is {got!r}: no such type{nearest(got, [t for t in tags if t])}"
-    return f"{file}: {key} is {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}"
+        return f"{file}: {key}.type is {_short_repr(got)}: no such type{nearest(got, [t for t in tags if t])}"
+    return f"{file}: {key} is {_short_repr(e['input'])}: {_expected(e, key)}"
+
+def _expected(e, key):
+    "What would have been right, in words where pydantic has a regular expression."
+    if e['type'] != 'string_pattern_mismatch': return f"{e['msg'][0].lower()}{e['msg'][1:]}"
+    marks = e['ctx']['pattern'].partition('0-9')[2].partition(']')[0].replace('\\', '')
+    of = 'a class has one name everywhere; `classes` of an image set translates the names of its folders'
+    return f"expected letters a-z and A-Z, digits, and {' '.join(marks)}" + (f" ({of})" if '.classes' in key else '')
+
+_LINES = 50      # of one message: who reads fifty errors has seen what they have in common
 
 def validated(model,           # a section class, or dict[Key, section class]
               data,            # contents of the section
@@ -132,8 +148,9 @@ def validated(model,           # a section class, or dict[Key, section class]
     try:
         return TypeAdapter(model).validate_python(data)
     except ValidationError as e:
-        lines = [_explain(x, data, file, section, model) for x in e.errors()]
-        raise StudyError('\n'.join(dict.fromkeys(lines))) from None
+        lines = list(dict.fromkeys(_explain(x, data, file, section, model) for x in e.errors()))
+        more = [f"{file}: {len(lines)-_LINES} more errors in {section}"] if len(lines) > _LINES else []
+        raise StudyError('\n'.join(lines[:_LINES]+more)) from None
 
 # %% ../nbs/00_study.ipynb #43ae6f40
 def read_yaml(file    # path of a YAML file
@@ -141,11 +158,15 @@ def read_yaml(file    # path of a YAML file
     "The contents of a YAML 1.2 file, as DVC reads it."
     file = Path(file)
     try:
-        data = YAML(typ='safe').load(file.read_text())
+        data = YAML(typ='safe').load(file.read_text(encoding='utf-8-sig'))
     except FileNotFoundError:
         raise StudyError(f"{file}: no such file; a study folder has a params.yaml") from None
-    except (YAMLError, UnicodeDecodeError) as e:
-        raise StudyError(f"{file}: not readable as YAML: {e}") from None
+    except UnicodeDecodeError as e:
+        raise StudyError(f"{file}: expected text in UTF-8, found byte {e.object[e.start]:#x} at {e.start}") from None
+    except RecursionError:
+        raise StudyError(f"{file}: not readable as YAML: nested too deeply") from None
+    except (YAMLError, ValueError) as e:
+        raise StudyError(f"{file}: not readable as YAML: {str(e)[:1000]}") from None
     if not isinstance(data, dict): raise StudyError(f"{file}: expected sections with keys, found {type(data).__name__}")
     return data
 
