@@ -1,4 +1,4 @@
-"Package metadata, read from settings.ini: the one configuration of the project."
+"Package metadata, read from settings.ini."
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup

@@ -525,6 +525,5 @@ def main(argv=None    # command line, without the program's name
         return 1
 
 # %% ../nbs/00a_run.ipynb #4bc33b50
-#| eval: false
 if __name__ == '__main__' and '__file__' in globals():      # as a program; a notebook's kernel has no __file__
     sys.exit(main())

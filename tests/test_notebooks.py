@@ -1,4 +1,4 @@
-"Every notebook is a lesson that asserts its own points: one test per notebook, as `nbdev_test` runs it."
+"Every notebook is a lesson that asserts its own points: one test per notebook, as `nbdev-test` runs it."
 import pytest
 from conftest import ROOT, sh
 
@@ -6,5 +6,5 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize('name', sorted(p.name for p in (ROOT/'nbs').glob('*.ipynb')))
 def test_notebook(name):
-    out = sh(['nbdev_test', '--path', f'nbs/{name}', '--n_workers', '0'], ROOT)
+    out = sh(['nbdev-test', f'nbs/{name}', '--n-workers', '0'], ROOT)
     assert 'Success' in out

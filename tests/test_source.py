@@ -15,7 +15,7 @@ def same(a, b, pattern):
 
 def test_export_and_clean_change_nothing(tmp_path):
     d = copy_repo(tmp_path/'repo')
-    sh('git init -q && nbdev_export && nbdev_clean', d)
+    sh('git init -q && nbdev-export && nbdev-clean', d)
     assert same(ROOT, d, 'synthscale/*.py') == []
     assert same(ROOT, d, 'nbs/*.ipynb') == []
 
