@@ -4,7 +4,7 @@
     python benchmarks/study.py --quick                  # leaves out the run from nothing
     python benchmarks/study.py --quick --before REV     # and compares with an older commit
 """
-import argparse, json, os, platform, re, resource, subprocess, sys, tempfile, threading, time
+import argparse, json, os, platform, re, resource, shutil, subprocess, sys, tempfile, threading, time
 from importlib.metadata import version
 from pathlib import Path
 import joblib, psutil
@@ -73,8 +73,27 @@ def with_remote(d):
     assert 'up to date' in said or ran, said
     noop, again, _ = cpu('dvc repro', new)
     remote = sum(f.stat().st_size for f in (new/'remote').rglob('*') if f.is_file())/1e6
-    return dict(pull_cpu_s=pull, repro_cpu_s=repro, repro_ran=ran, noop_cpu_s=noop, noop_ran=again,
-                remote_mb=round(remote, 1))
+    stages = len((new/'dvc.lock').read_text().split('\n    cmd:'))-1
+    return dict(stages=stages, pull_cpu_s=pull, repro_cpu_s=repro, repro_ran=ran, noop_cpu_s=noop, noop_ran=again,
+                remote_mb=round(remote, 1)) | growth(new)
+
+def growth(clone, copies=10, like='names_g2'):
+    "CPU seconds of a run with nothing to do, with ten sources more: copies of one, recorded by DVC as if they were made."
+    import ruamel.yaml
+    yaml = ruamel.yaml.YAML()
+    params = yaml.load(clone/'params.yaml')
+    places = [p for top in ('sets', 'runs') for p in (clone/top).rglob(f'*{like}*') if like not in str(p.parent)]
+    for name in [f'copy{i}' for i in range(copies)]:
+        params['generate']['sources'][name] = params['generate']['sources'][like]
+        for p in places:
+            (shutil.copytree if p.is_dir() else shutil.copy)(p, p.with_name(p.name.replace(like, name)))
+    with open(clone/'params.yaml', 'w') as f:
+        yaml.dump(params, f)
+    timed('dvc repro -q prepare && dvc commit -q -f', clone)
+    stages = len((clone/'dvc.lock').read_text().split('\n    cmd:'))-1
+    noop, ran, said = cpu('dvc repro', clone)
+    assert ran == 0 and 'up to date' in said, said
+    return dict(more_stages=stages, more_noop_cpu_s=noop)
 
 def before(d, rev):
     "The same of an older commit, whose first command was dvc repro --pull."
