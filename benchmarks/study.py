@@ -78,7 +78,7 @@ def with_remote(d):
                 remote_mb=round(remote, 1)) | growth(new)
 
 def growth(clone, copies=10, like='names_g2'):
-    "CPU seconds of a run with nothing to do, with ten sources more: copies of one, recorded by DVC as if they were made."
+    "CPU seconds of a run with nothing to do, with ten sources more: copies of one, which DVC is told were made."
     import ruamel.yaml
     yaml = ruamel.yaml.YAML()
     params = yaml.load(clone/'params.yaml')

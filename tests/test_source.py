@@ -114,3 +114,8 @@ def test_import_is_fast():
     code = f'import synthscale, synthscale.study, sys; assert not {heavy}'
     out = sh(['python', '-X', 'importtime', '-c', code], ROOT)
     assert 'synthscale' in out
+
+def test_the_lock_holds_no_stage_that_is_gone():
+    "DVC keeps the entries of renamed and removed stages for ever, and reads them each time."
+    kept, there = load(ROOT/'dvc.lock')['stages'], sh('dvc stage list --name-only', ROOT).split()
+    assert {*kept} == {*there}
