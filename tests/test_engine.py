@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd, psutil, pytest, torch
-from conftest import ROOT, copy_repo, dump, environment, load, sh
+from conftest import ROOT, WAIT, copy_repo, dump, environment, load, sh
 from hypothesis import given, settings, strategies as st
 from synthscale.shards import check_set, load_set, read_manifest, read_shard, replace_folder
 from synthscale.filters import difference_hash, filter_set, pixel_hash, repeats
@@ -126,7 +126,7 @@ print(kills, done, len(seen))
 
 def test_twenty_kills_at_random_moments_change_no_byte(study):
     p = start('-c', KILLS, cwd=study.dir)
-    out, err = p.communicate(timeout=300)
+    out, err = p.communicate(timeout=WAIT)
     assert p.returncode == 0, err[-2000:]
     kills, done, moments = map(int, out.split()[-3:])
     assert kills == 20 and moments >= 4, out          # they fell at different stages of the work
@@ -164,7 +164,7 @@ def test_shards_generated_by_the_members_of_an_array_make_the_same_set(study):
     "synthscale generate-shards --shards, two processes side by side; the stage finds everything generated."
     args = ['-m', 'synthscale.run', 'generate-shards', NAME, '--workers', '1', '--shards']
     a, b = (start(*args, r, cwd=study.dir, stderr=subprocess.DEVNULL) for r in ('0:2', '2:5'))
-    outs = [p.communicate(timeout=200)[0] for p in (a, b)]
+    outs = [p.communicate(timeout=WAIT)[0] for p in (a, b)]
     assert a.returncode == b.returncode == 0 and any("5 of 5 shards are made" in o for o in outs)
     src = Source(study, NAME)
     assert all(shard_is_whole(src, s) for s in src.shards)
@@ -339,7 +339,7 @@ def test_two_whole_runs_on_the_same_source_share_the_work(study, workers):
     whole = generate_source(study, NAME, workers=1).sha256.tolist()
     shutil.rmtree(study.set_dir(NAME))
     both = [start('-c', FULL, str(n), cwd=study.dir) for n in workers]
-    outs = [p.communicate(timeout=200) for p in both]
+    outs = [p.communicate(timeout=WAIT) for p in both]
     assert [p.returncode for p in both] == [0, 0], outs
     assert [o[0].strip() for o in outs] == ['140', '140']
     assert read_manifest(study.set_dir(NAME)).sha256.tolist() == whole
@@ -701,7 +701,7 @@ def materialize(study, hub, *specs, token=''):
         'PYTHONPATH': str(ROOT), 'HF_ENDPOINT': hub.url, 'HF_HOME': str(study.dir/'hf'), 'HF_TOKEN': token,
         'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', 'no_proxy': '127.0.0.1'}
     command = [sys.executable, '-c', BRING, json.dumps(specs), COMMIT]
-    r = subprocess.run(command, cwd=study.dir, env=env, capture_output=True, text=True, timeout=200)
+    r = subprocess.run(command, cwd=study.dir, env=env, capture_output=True, text=True, timeout=WAIT)
     assert r.returncode == 0, r.stdout+r.stderr[-3000:]
     return r.stdout.strip().split('\n')
 

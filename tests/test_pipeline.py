@@ -135,7 +135,7 @@ def repro_and_kill(d, moment):
     before = len(point_files(d))
     p.kill()
     p.wait()
-    _, alive = psutil.wait_procs(tree, timeout=120)
+    _, alive = psutil.wait_procs(tree, timeout=WAIT)
     alive = [a for a in alive if a.is_running() and a.status() != psutil.STATUS_ZOMBIE]
     assert not alive, 'a child process outlived the run'
     assert len(point_files(d)) >= before

@@ -80,14 +80,14 @@ def kernels(pid):
 @pytest.mark.parametrize('sig', [signal.SIGKILL, signal.SIGTERM])
 def test_the_kernel_dies_with_the_runner(tmp_path, sig):
     d = study(tmp_path, "from synthscale.study import die_with_parent\ndie_with_parent()\n"
-                        "open('up', 'w')\nimport time\ntime.sleep(600)")
+                        "open('up', 'w')\nimport time\ntime.sleep(7200)")
     env = environment() | {'PYTHONPATH': str(ROOT)}
     p = subprocess.Popen([sys.executable, '-m', 'synthscale.run', 'demo'], cwd=d, env=env)
     wait_for((d/'up').exists, p)
     [kernel] = kernels(p.pid)
     p.send_signal(sig)
     p.wait(WAIT)
-    psutil.wait_procs([kernel], timeout=120)               # its cell alone would go on for ten minutes
+    psutil.wait_procs([kernel], timeout=WAIT)               # its cell alone would go on for two hours
     assert not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE
 
 def test_a_second_writer_waits(tmp_path):
@@ -119,7 +119,7 @@ time.sleep(600)
     assert 'stag' in (d/'dvc.lock').read_text()[-5:]
     p.kill()
     p.wait()
-    deadline = time.time()+120
+    deadline = time.time()+WAIT
     while (d/'dvc.lock').read_text() != old and time.time() < deadline:
         time.sleep(.05)
     assert (d/'dvc.lock').read_text() == old

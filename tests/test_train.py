@@ -3,7 +3,7 @@ import json, pickle, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from importlib.metadata import version
 import numpy as np, pandas as pd, pytest, torch
-from conftest import ROOT, dump, environment, load
+from conftest import ROOT, WAIT, dump, environment, load
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import load_file
@@ -117,7 +117,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
     for n in (1, 2):
         launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'] if n == 2 else []
         r = subprocess.run([sys.executable, *launch, 'two.py', json.dumps(plain), f'{n}.json'], cwd=tmp_path, env=env,
-                           capture_output=True, text=True, timeout=300)
+                           capture_output=True, text=True, timeout=WAIT)
         assert r.returncode == 0, r.stderr[-3000:]
         got[n] = json.loads((tmp_path/f'{n}.json').read_text())
     assert (got[1]['n'], got[2]['n']) == (1, 2) and len(got[1]['losses']) == 60
@@ -295,7 +295,7 @@ def test_points_trained_under_torchrun_or_in_an_array_are_found_by_the_stage(stu
     env = environment() | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     def go(*cmd):
         cmd = [sys.executable, *cmd]
-        return subprocess.run(cmd, cwd=study.dir, env=env, capture_output=True, text=True, timeout=300)
+        return subprocess.run(cmd, cwd=study.dir, env=env, capture_output=True, text=True, timeout=WAIT)
     train = ['-m', 'synthscale.run', 'train']
     r = go('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', *train, 'digits', '--points', '0:2')
     assert r.returncode == 0, r.stderr[-3000:]
