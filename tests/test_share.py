@@ -1,4 +1,5 @@
 "Cached sets of one study where another one wants them: one set in a clone, or from outside of any clone."
+import hashlib
 import pytest
 from conftest import sh
 
@@ -35,3 +36,20 @@ def test_another_default_remote(finished, tmp_path):
     sh(['dvc', 'remote', 'modify', '--local', 'embedded', 'url', str(tmp_path/'elsewhere')], tmp_path/'clone')
     sh('dvc pull -q generate@names_g2', tmp_path/'clone')
     assert same_files(tmp_path/'clone'/'sets'/'names_g2', finished/'sets'/'names_g2')
+
+@pytest.mark.parametrize('out, file', [('sets/rendered', 'manifest.parquet'), ('runs/classify/digits/points.jsonl', ''),
+                                       ('models/mini_sd', 'unet/diffusion_pytorch_model.safetensors')])
+def test_a_damaged_object_of_the_remote_is_not_pulled(repo, out, file):
+    "One byte of it: nobody looks at a manifest, a model or finished points again later."
+    name = f'{out}/{file}'.rstrip('/')
+    md5 = hashlib.md5((repo/name).read_bytes()).hexdigest()
+    sh('git clone -q repo clone', repo.parent)
+    clone = repo.parent/'clone'
+    stored = clone/'remote'/'files'/'md5'/md5[:2]/md5[2:]
+    good = stored.read_bytes()
+    stored.write_bytes(good[:-9]+bytes([good[-9] ^ 1])+good[-8:])
+    assert out in sh(f'dvc pull {out}', clone, ok=False)
+    assert not (clone/name).exists()
+    stored.write_bytes(good)
+    sh(f'dvc pull {out}', clone)
+    assert (clone/name).read_bytes() == (repo/name).read_bytes()
