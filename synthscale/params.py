@@ -240,8 +240,8 @@ def _check_sources(c):
 def _check_guidance(c, key, scale, model):
     "A guidance scale is in the range of its model; the ranges of large models are in pipelines.FAMILIES."
     least, what = (1, '1 on, which is no guidance') if getattr(model, 'type', '').startswith('mini_') else (0, '0 on')
-    if not scale >= least:                # written so that NaN is refused, too
-        c.say(f"{key} is {scale:g}: expected a number from {what}")
+    if not least <= scale < float('inf'):      # written so that NaN is refused, too
+        c.say(f"{key} is {scale:g}: expected a finite number from {what}")
 
 def _check_evaluators(c):
     "Evaluators, and the sets that they score."
