@@ -4,7 +4,7 @@
 
 # %% ../nbs/06_classify.ipynb #11e03a90
 from __future__ import annotations
-import functools, hashlib, json, os, shutil, time
+import functools, hashlib, json, os, shutil, sys, time
 from dataclasses import astuple, replace
 from pathlib import Path
 import numpy as np
@@ -19,8 +19,9 @@ from .study import Study, StudyError, die_with_parent, nearest, write_atomic, wr
 
 # %% auto #0
 __all__ = ['KEYS', 'split_of', 'split_rows', 'order_seeds', 'training_rows', 'training_images', 'point_config', 'versions',
-           'bring_points', 'find_point', 'run_point', 'check_curve', 'usable_processes', 'run_points', 'point_range',
-           'some_points', 'point_rows', 'class_rows', 'compute_check', 'version_note', 'write_points', 'run_curve']
+           'sealed', 'read_record', 'bring_points', 'find_point', 'run_point', 'check_curve', 'usable_processes',
+           'run_points', 'point_range', 'some_points', 'point_rows', 'class_rows', 'compute_check', 'version_note',
+           'write_points', 'run_curve']
 
 # %% ../nbs/06_classify.ipynb #d4953f60
 # Share of the free memory that the decoded images of one split may take, divided by the workers; more stays in shards.
@@ -124,38 +125,57 @@ def versions() -> dict:
     from importlib.metadata import version
     return {p: version(p) for p in ('torch', 'timm', 'numpy')}
 
+# %% ../nbs/06_classify.ipynb #aaef88b0
+def sealed(record: dict    # of a point: key, config, tests, made
+          ) -> dict:       # as it is after JSON, with `sha256`
+    "A record with the hash of what it says."
+    plain = json.loads(json.dumps({k: v for k, v in record.items() if k not in ('cached', 'sha256')}))
+    return plain | {'sha256': _digest(plain)}
+
+def read_record(text    # one line of JSON, str or bytes
+               ):       # the record; None where it is damaged
+    "A record, if its hash is that of what it says and its key that of its configuration."
+    try:
+        record = json.loads(text)
+        whole = sealed(record) == record and record['key'] == _digest(record['config']) and record['tests']
+        return record if whole and record['made']['versions'] else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
 # %% ../nbs/06_classify.ipynb #477ddb70
 def _point_file(study, key):
     "The place of a finished point."
     return study.path('build', 'points', key[:2], f'{key}.json')
 
+def _record_at(path):
+    "The record in a file; None where there is none or it is damaged, which is said."
+    if not path.exists(): return None
+    record = read_record(path.read_bytes())
+    if record is None:
+        print(f'{path}: damaged, so the point is trained again', file=sys.stderr)
+    return record
+
 def bring_points(study: Study,  # the study
                  name: str      # of a curve
                 ) -> int:       # points that were brought
-    "Take the points that DVC keeps for a curve into build/points; raises `StudyError` for a damaged file."
-    file, n = study.path('runs', 'classify', name, 'points.jsonl'), 0
-    if not file.exists(): return 0
-    for i, line in enumerate(file.read_text().splitlines(), 1):
-        try:
-            path = _point_file(study, json.loads(line)['key'])
-        except (ValueError, KeyError, TypeError):
-            raise StudyError(f"{file}: line {i} is not a finished point; 'dvc checkout {name}' or deleting the file "
-                             "helps") from None
-        if path.exists(): continue
-        write_atomic(path, line)
-        n += 1
-    return n
+    "Take the points that DVC keeps for a curve into build/points; damaged lines are named and left."
+    file = study.path('runs', 'classify', name, 'points.jsonl')
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    records = [read_record(line) for line in lines]
+    if lost := [str(i) for i, r in enumerate(records, 1) if r is None]:
+        print(f"{file}: damaged in line {', '.join(lost)}; what is not in build/points is trained again",
+              file=sys.stderr)
+    new = [r for r in records if r and _record_at(_point_file(study, r['key'])) is None]
+    for r in new:
+        write_atomic(_point_file(study, r['key']), json.dumps(r, sort_keys=True))
+    return len(new)
 
 def find_point(study: Study,  # the study
                config: dict   # as point_config gives it
-              ):              # its record; None where there is none
+              ):              # its record; None where there is none, or a damaged one
     "A finished point, if everything that decides its numbers is the same."
-    path = _point_file(study, _digest(config))
-    try:
-        record = json.loads(path.read_text())
-        return record | {'cached': True} if record['config'] == config else None
-    except (OSError, ValueError, KeyError):
-        return None                      # not there, or cut short by a full disk: trained again
+    record = _record_at(_point_file(study, _digest(config)))
+    return record | {'cached': True} if record and record['config'] == config else None
 
 # %% ../nbs/06_classify.ipynb #d0000005
 @functools.lru_cache(maxsize=2)
@@ -197,7 +217,7 @@ def run_point(study_dir: str,  # the study's folder
     result = _measured(study, point, config, inputs, weights, acc)
     made = dict(versions=versions(), device=acc.device.type, cpu_s=round(time.process_time()-cpu, 2),
                 wall_s=round(time.time()-wall, 2))
-    record = dict(key=key, config=config, tests=result, made=made)
+    record = sealed(dict(key=key, config=config, tests=result, made=made))
     if acc.is_main_process:
         write_atomic(_point_file(study, key), json.dumps(record, sort_keys=True))
         (weights/'state.safetensors').unlink(missing_ok=True)
@@ -399,7 +419,7 @@ def write_points(study: Study,  # the study
                  records: list  # of its points, in their order
                 ) -> Path:
     "Write runs/classify/NAME/points.jsonl: exactly the points of a curve, one per line."
-    lines = [json.dumps({k: v for k, v in r.items() if k != 'cached'}, sort_keys=True) for r in records]
+    lines = [json.dumps(sealed(r), sort_keys=True) for r in records]
     return write_atomic(study.path('runs', 'classify', name, 'points.jsonl'), '\n'.join(lines)+'\n' if lines else '')
 
 def run_curve(study: Study,      # the study

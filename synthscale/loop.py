@@ -4,13 +4,13 @@
 
 # %% ../nbs/00d_loop.ipynb #96f98038
 from __future__ import annotations
-import copy, json, time
+import copy, hashlib, json, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from tqdm import tqdm
 from .study import StudyError, derive_seed, write_atomic
 
@@ -100,6 +100,29 @@ def _unpack(opt,    # torch optimizer, filled in place
     opt.load_state_dict(dict(state=state, param_groups=list(groups.values())))
 
 # %% ../nbs/00d_loop.ipynb #a66d0c2f
+def _parts(data):
+    "Of a safetensors file: what its header says of the tensors, its metadata, and the bytes of the tensors."
+    end = 8+int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8:end])
+    return header, header.pop('__metadata__'), data[end:]
+
+def _state_hash(data):
+    "The hash of everything in a state but itself."
+    header, meta, body = _parts(data)
+    h = hashlib.sha256(json.dumps([header, meta['step'], meta['numbers']], sort_keys=True).encode())
+    h.update(body)
+    return h.hexdigest()
+
+def _read_whole(path):
+    "Tensors and metadata of a state; None where it is damaged, which is said."
+    data = Path(path).read_bytes()
+    try:
+        meta = _parts(data)[1]
+        if meta['sha256'] == _state_hash(data): return load(data), meta
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        pass                             # one of the many ways to be no state
+    print(f'{path}: a damaged state, so the training begins again', file=sys.stderr)
+
 def save_state(path,           # file
                step: int,      # steps done
                net,            # torch module
@@ -109,17 +132,18 @@ def save_state(path,           # file
     "Write the state of a run, whole or not at all."
     tensors, numbers = _packed(opt)
     tensors = {k: v.detach().contiguous().cpu() for k, v in (tensors | _named(net, average)).items()}
-    write_atomic(path, save(tensors, metadata=dict(step=str(step), numbers=json.dumps(numbers))))
+    meta = dict(step=str(step), numbers=json.dumps(numbers))
+    write_atomic(path, save(tensors, metadata=meta | {'sha256': _state_hash(save(tensors, metadata=meta))}))
 
 def load_state(path,           # file
                net,            # torch module, filled in place
                opt,            # torch optimizer, filled in place
                average=None    # Average, filled in place
-              ) -> int:        # steps done; 0 where there is no state
+              ) -> int:        # steps done; 0 where there is no state, or a damaged one
     "Read a state back; raises `StudyError` where it is that of another network."
-    if not Path(path).exists(): return 0
-    with safe_open(path, 'pt') as f:
-        meta, kept = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    found = _read_whole(path) if Path(path).exists() else None
+    if not found: return 0
+    kept, meta = found
     moments = {k: kept.pop(k) for k in list(kept) if k.startswith('opt.')}
     here = _named(net, average)
     differs = (k for k in {*here, *kept} if k not in here or k not in kept or here[k].shape != kept[k].shape)

@@ -8,9 +8,10 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
-from synthscale.classify import check_curve, find_point, point_config, run_curve, run_points, version_note
+from synthscale.classify import bring_points, check_curve, find_point, point_config, run_curve, run_points, version_note
 from synthscale.curves import Point, curve_of, curve_points
 from synthscale.evaluators import build_evaluator
+from synthscale.loop import Loop
 from synthscale.params import check_study
 from synthscale.recipes import METRICS, Recipe
 from synthscale.shards import balanced_order, encode_png, join, load_set, open_images, read_manifest, write_shard
@@ -377,16 +378,86 @@ def test_points_come_back_from_what_dvc_keeps_and_versions_are_said(study, monke
     shutil.rmtree(out)
     assert run_curve(study, 'digits', workers=1).equals(whole)
     assert {f.name: f.read_bytes() for f in kept.iterdir()} == tables
-    config = point_config(study, points[0])
-    file = next(f for f in out.glob('*/*.json') if json.loads(f.read_text())['config'] == config)
-    assert find_point(study, config)['cached']
-    file.write_bytes(file.read_bytes()[:-20])                                        # cut short by a full disk
-    assert find_point(study, config) is None
-    shutil.rmtree(out)
-    lines = tables['points.jsonl'].splitlines()
-    (kept/'points.jsonl').write_bytes(b'\n'.join([*lines[:2], lines[2][:-20], *lines[3:]]))
-    with pytest.raises(StudyError, match="line 3 is not a finished point; 'dvc checkout digits'"):
-        run_curve(study, 'digits', workers=1)
+
+# ---- damaged records and states
+
+def damaged_records(good):
+    "What disks, people and other programs make of a record: name -> bytes."
+    record = json.loads(good)
+    def edited(change):
+        r = json.loads(good)
+        change(r)
+        return json.dumps(r, sort_keys=True).encode()
+    half = len(good)//2
+    return {
+        'cut': good[:-20], 'empty': b'', 'half': good[:half], 'zeros': bytes(len(good)),
+        'a flipped bit': good[:half]+bytes([good[half] ^ 1])+good[half+1:],
+        'not UTF-8': b'\xff'+good, 'a list': json.dumps([record]).encode(), 'null': b'null',
+        'twice': good+good, 'a smaller loss': edited(lambda r: r['tests']['test'].update(loss=.001)),
+        'no tests': edited(lambda r: r.pop('tests')), 'no hash': edited(lambda r: r.pop('sha256')),
+        'another seed': edited(lambda r: r['config'].update(seed=1)),
+        'other versions': edited(lambda r: r.update(made={})),
+        'not a number': edited(lambda r: r['tests']['test'].update(loss=float('nan')))}
+
+def test_a_damaged_record_is_never_believed_and_its_point_is_trained_again(study, capsys):
+    point = curve_points(curve_of(study, 'digits'), study.classify.compute_seeds)[0]
+    first = run_points(study, [point], workers=1)[point]
+    config = point_config(study, point)
+    [file] = study.path('build', 'points').glob('*/*.json')
+    good, kept = file.read_bytes(), study.path('runs', 'classify', 'digits', 'points.jsonl')
+    kept.parent.mkdir(parents=True)
+    for name, bad in damaged_records(good).items():
+        file.write_bytes(bad)
+        assert find_point(study, config) is None, name
+        assert f'{file}: damaged, so the point is trained again' in capsys.readouterr().err, name
+        kept.write_bytes(bad.replace(b'\n', b' ')+b'\n')
+        assert bring_points(study, 'digits') == 0 and find_point(study, config) is None, name
+        assert bad == b'' or f'{kept}: damaged in line 1' in capsys.readouterr().err, name
+        kept.write_bytes(good+b'\n')                              # a good line takes the place of a damaged file
+        assert bring_points(study, 'digits') == 1 and find_point(study, config)['tests'] == first['tests'], name
+    kept.unlink()
+    file.write_bytes(good[:-20])
+    again = run_points(study, [point], workers=1)[point]
+    assert 'cached' not in again and again['tests'] == first['tests']
+
+@pytest.mark.parametrize('damage', ['cut', 'empty', 'half', 'no hash', 'zeros', 'a pickle', 'a weight', 'a moment',
+                                    'the step'])
+def test_a_damaged_state_is_not_trained_on(tmp_path, capsys, damage):
+    "The run begins again and ends with the weights of one that was never killed."
+    def network():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(.5), torch.nn.Linear(4, 1))
+        return net, torch.optim.AdamW(net.parameters(), lr=.1)
+    def trained(state=None, steps=6):
+        net, opt = network()
+        def step(i, generator):
+            loss = net(torch.randn(8, 3, generator=generator)).square().mean()
+            loss.backward()
+            return loss
+        loop = Loop(net, opt, steps, lambda i: .1, seed=1, state=state, every=0.)
+        start = loop.start
+        return start, loop.run(step)
+    state = tmp_path/'state.safetensors'
+    _, want = trained()
+    trained(state, steps=4)
+    good = state.read_bytes()
+    end = 8+int.from_bytes(good[:8], 'little')
+    header = json.loads(good[8:end])
+    def at(name):
+        i = end+header[name]['data_offsets'][0]
+        return good[:i]+bytes([good[i] ^ 64])+good[i+1:]
+    bad = {'cut': good[:-3], 'empty': b'', 'half': good[:len(good)//2], 'zeros': bytes(len(good)),
+           'no hash': good.replace(b'"sha256"', b'"sha255"'), 'a pickle': pickle.dumps({}),
+           'a weight': at('net.0.weight'), 'a moment': at('opt.state.0.exp_avg'),
+           'the step': good.replace(b'"step":"4"', b'"step":"3"')}[damage]
+    assert bad != good
+    state.write_bytes(bad)
+    start, net = trained(state)
+    assert start == 0 and 'a damaged state, so the training begins again' in capsys.readouterr().err
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), want.state_dict().values()))
+    state.write_bytes(good)
+    start, net = trained(state)
+    assert start == 4 and all(torch.equal(a, b) for a, b in zip(net.parameters(), want.parameters()))
 
 def test_an_evaluator_that_was_made_is_left_alone(study, monkeypatch):
     name, out = 'real_classifier', study.path('evaluators', 'real_classifier')
