@@ -4,7 +4,7 @@
 
 # %% ../nbs/01_data.ipynb #11e03a90
 from __future__ import annotations
-import hashlib, io, re, tarfile, zipfile, zlib
+import collections, hashlib, itertools, os, re, shutil, tarfile, unicodedata, zipfile, zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,17 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 from tqdm import tqdm
-from .shards import (IMAGE_TYPES, balanced_order, check_set, decode, encode_png, sample_grid, tar_samples,
-                               write_set)
+from .pixels import IMAGE_TYPES, OTHER_TYPES, as_seen, open_image
+from .shards import balanced_order, check_set, decode, encode_png, sample_grid, tar_samples, write_set
 from .study import (Count, Ident, Key, Positive, Rate, Section, Study, StudyError, nearest, write_atomic,
                               write_csv)
 
 # %% auto #0
 __all__ = ['SetSpec', 'GLYPH', 'DigitsSpec', 'RenderedDigitsSpec', 'ImagesSpec', 'FolderSpec', 'FilesSpec', 'TilesSpec',
            'HubImagesSpec', 'ShardsSpec', 'DataSection', 'grey', 'digit_samples', 'render_glyph', 'distort',
-           'uci_normalise', 'caption', 'read_fonts', 'rendered_samples', 'Entry', 'files_below', 'folder_entries',
-           'named_entries', 'tile_entries', 'hub_entries', 'in_order', 'translate', 'usable', 'hold_out',
-           'image_samples', 'shard_samples', 'set_samples', 'build_set']
+           'uci_normalise', 'caption', 'read_fonts', 'rendered_samples', 'Entry', 'files_below', 'same_letters',
+           'folder_entries', 'named_entries', 'tile_entries', 'hub_entries', 'in_order', 'translate', 'usable',
+           'hold_out', 'image_samples', 'shard_samples', 'set_samples', 'build_set']
 
 # %% ../nbs/01_data.ipynb #79f6f077
 class DigitsSpec(Section):
@@ -57,6 +57,8 @@ class RenderedDigitsSpec(Section):
         return True
 
 # %% ../nbs/01_data.ipynb #b78a42e8
+_Share = Annotated[float, Field(ge=0, le=1)]
+
 class ImagesSpec(Section):
     "What all image sets of your own have in common: splits and classes in the study's words, and what is left out."
     input: str                       # under data.root
@@ -69,6 +71,11 @@ class ImagesSpec(Section):
     hold_out_from: Ident = 'train'
     duplicates: Literal['keep', 'drop'] = 'keep'   # drop: images whose pixels occurred before in the set, in any split
     unreadable: Literal['error', 'skip'] = 'error' # of a damaged image; runs/data/NAME/left_out.csv lists skipped ones
+    max_left_out: _Share = 0.1        # of the images, damaged or repeated; more is an error: then it is another kind of
+                                     # input than was thought
+    background: Union[Literal['white', 'black'], None] = None    # behind transparent pixels; null: they are an error
+    value_range: Union[Annotated[list[float], Field(min_length=2, max_length=2)], None] = None
+                                     # black and white in images of floats or integers; null: 0 and 65535 for 16 bits
     border: Count = 0                # pixels cut from each side, as the red frame of ObjectNet
 
     @property
@@ -112,6 +119,8 @@ class ShardsSpec(Section):
     type: Literal['webdataset']
     input: str                       # folder with *.tar or *.tar.gz; SPLIT/*.tar gives splits, else all are 'train'
     synthetic: bool = False          # true for images that a generator made
+    background: Union[Literal['white', 'black'], None] = None    # as for images
+    value_range: Union[Annotated[list[float], Field(min_length=2, max_length=2)], None] = None     # as for images
 
     @property
     def is_synthetic(self) -> bool:
@@ -276,42 +285,114 @@ class Entry:
     label: str           # in the input's words
     read: Callable       # gives encoded bytes or a uint8 array
 
-def files_below(path    # a folder or a .zip
-               ) -> dict:   # path inside it -> function that gives its bytes, sorted
+def _bytes_of(name, read):
+    "The bytes of a file or a member of a zip; what damages them is one kind of error, which names it."
+    try:
+        return read()
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, MemoryError) as e:
+        raise StudyError(f"{name}: not a readable image ({getattr(e, 'strerror', None) or e})") from None
+
+def _unreadable(name, what):
+    "Instead of bytes: an image that is none for us."
+    raise StudyError(f"{name}: not a readable image ({what})")
+
+# %% ../nbs/01_data.ipynb #2be6d579
+def _walk(folder, above=()):
+    "The files below a folder, with those behind links, as torchvision's ImageFolder finds them."
+    real = os.path.realpath(folder)
+    if real in above: raise StudyError(f"{folder}: a link that leads back to {real}, the folder that it is in")
+    with os.scandir(folder) as found:
+        for e in found:
+            if e.is_dir():
+                yield from _walk(e.path, (*above, real))
+            else:
+                yield e.path
+
+def _folder_files(path):
+    "Path inside a folder -> function that gives the file's bytes."
+    found = {Path(p).relative_to(path).as_posix(): Path(p) for p in _walk(path)}
+    return {k: partial(_bytes_of, k, p.read_bytes) if p.is_file() else
+            partial(_unreadable, k, 'a link that leads nowhere' if p.is_symlink() else 'no regular file')
+            for k, p in found.items()}
+
+_LARGEST = 2**30       # bytes of one image; what claims to be larger is none
+
+def _zip_files(path):
+    "Path inside a zip -> function that gives the member's bytes."
+    try:
+        z = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, ValueError) as e:
+        raise StudyError(f"{path}: not readable as a zip ({e})") from None
+    return {i.filename: partial(_bytes_of, i.filename, partial(z.read, i)) if i.file_size <= _LARGEST else
+            partial(_unreadable, i.filename, f'{i.file_size} bytes, expected at most {_LARGEST}')
+            for i in z.infolist() if not i.is_dir()}
+
+def _no_image(name):
+    "Why a file is none of the images of an input; '' where it is one."
+    parts, ext = name.split('/'), name.rpartition('.')[2].lower()
+    if parts[0] == '__MACOSX' or parts[-1].startswith('._'): return 'a note of macOS'
+    return '' if ext in IMAGE_TYPES or ext in OTHER_TYPES else 'no image by its ending'
+
+def files_below(path,          # a folder or a .zip
+                left_out=None  # list, filled: files that are no images, and why
+               ) -> dict:      # path inside it -> function that gives its bytes, sorted
     "The image files of a folder or a zip."
     path = Path(path)
-    if path.is_dir():
-        found = {p.relative_to(path).as_posix(): p.read_bytes for p in path.rglob('*') if p.is_file()}
-    elif zipfile.is_zipfile(path):
-        z = zipfile.ZipFile(path)
-        found = {n: partial(z.read, n) for n in z.namelist()}
-    else:
-        raise StudyError(f"{path}: expected a folder or a zip")
-    return {k: found[k] for k in sorted(found) if k.rpartition('.')[2].lower() in IMAGE_TYPES}
+    if not path.is_dir() and not zipfile.is_zipfile(path): raise StudyError(f"{path}: expected a folder or a zip")
+    found, out = _folder_files(path) if path.is_dir() else _zip_files(path), {}
+    for k in sorted(found):
+        ext, why = k.rpartition('.')[2].lower(), _no_image(k)
+        if why:
+            _note(left_out, f'{path.name}/{k}', why)
+        else:
+            out[k] = found[k] if ext in IMAGE_TYPES else partial(_unreadable, k, f'.{ext} is not read here')
+    return out
+
+def _note(left_out, file, reason):
+    "One row of left_out.csv."
+    if left_out is not None:
+        left_out.append(dict(file=file, reason=reason))
 
 # %% ../nbs/01_data.ipynb #314358b5
+def same_letters(text: str) -> str:
+    "A name as one would compare it: an accent is the same letter whether it is written as one sign or as two."
+    return unicodedata.normalize('NFC', text)
+
+def _is_flat(parts, known):
+    "Whether the layout is CLASS/image: a known class has images of its own."
+    if any(len(p) == 2 and p[0] in known for p in parts): return True
+    return not any(len(p) > 2 and p[1] in known for p in parts) and any(len(p) == 2 for p in parts)
+
 def folder_entries(path,           # folder or zip
-                   known: set      # names of classes, in the input's words
+                   known: set,     # names of classes, in the input's words
+                   left_out=None   # list, filled: files that are passed over, and why
                   ) -> list:
-    "SPLIT/CLASS/image, or CLASS/image, which is then all 'train'."
-    files = files_below(path)
-    parts = {f: f.split('/') for f in files}
-    flat = {p[0] for p in parts.values() if len(p) > 1} & known
-    form = 'CLASS/image' if flat else 'SPLIT/CLASS/image'
+    "SPLIT/CLASS/image, or CLASS/image, which is then all 'train'; images in folders below belong to the class."
+    files = files_below(path, left_out)
+    parts = {f: same_letters(f).split('/') for f in files}
+    flat = _is_flat(parts.values(), {same_letters(k) for k in known})
     entries = []
     for f, p in parts.items():
-        if len(p) != len(form.split('/')):
-            raise StudyError(f"{path}: {f} is neither {form}; type 'files' reads other layouts")
+        if len(p) < 3-flat:
+            _note(left_out, f'{Path(path).name}/{f}', 'an image outside the folders of the classes')
+            continue
         split, label = ('train', p[0]) if flat else p[:2]
         entries.append(Entry(f'{Path(path).name}/{f}', split, label, files[f]))
+    if not entries:
+        raise StudyError(f"{path}: {len(files)} images, none of them in CLASS/image or SPLIT/CLASS/image; type 'files' "
+                         "reads other layouts")
     return entries
 
-def named_entries(path,          # folder or zip
-                  pattern: str   # regular expression with a group `class`, perhaps `split`
+def named_entries(path,           # folder or zip
+                  pattern: str,   # regular expression with a group `class`, perhaps `split`
+                  left_out=None   # list, filled: files that are passed over, and why
                  ) -> list:
     "Images whose names give split and class."
-    files = files_below(path)
-    found = [(f, m.groupdict()) for f in files if (m := re.fullmatch(pattern, f))]
+    files = files_below(path, left_out)
+    matches = {f: re.fullmatch(pattern, f) for f in files}
+    for f in (f for f, m in matches.items() if not m):
+        _note(left_out, f'{Path(path).name}/{f}', 'it does not match the pattern')
+    found = [(f, m.groupdict()) for f, m in matches.items() if m]
     if not found:
         raise StudyError(f"{path}: no image matches pattern {pattern!r}; "
                          f"the first of {len(files)} is {next(iter(files), 'none')}")
@@ -319,14 +400,9 @@ def named_entries(path,          # folder or zip
             for f, g in found]
 
 # %% ../nbs/01_data.ipynb #cf449477
-def _opened(data, name):
-    "An image file, or an error that names it."
-    try:
-        im = Image.open(io.BytesIO(data))
-        im.load()
-    except Exception as e:
-        raise StudyError(f"{name}: not a readable image ({e})") from None
-    return im
+def _seen(im, spec, name):
+    "An image as it is seen, with what its set says of transparency and numbers."
+    return as_seen(im, spec.background or '', spec.value_range, name)
 
 def _dropped(path, spec):
     "The tiles (class, row, column) that the table `drop` excludes."
@@ -341,7 +417,9 @@ def _dropped(path, spec):
         if c not in t: raise StudyError(f"{file}: no column {c!r}{nearest(c, t.columns)}")
     return set(t[t[spec.drop_column] < spec.drop_below][place].itertuples(index=False, name=None))
 
-def tile_entries(path, spec    # TilesSpec
+def tile_entries(path,            # folder or zip
+                 spec,            # TilesSpec
+                 left_out=None    # list, filled: files and tiles that are passed over, and why
                 ) -> list:
     "The tiles of sheets, row by row, without those that a table excludes."
     dropped = _dropped(path, spec)
@@ -350,14 +428,18 @@ def tile_entries(path, spec    # TilesSpec
         top, left = spec.gap+r*step, spec.gap+c*step
         return sheet[top:top+spec.tile, left:left+spec.tile]
     out = []
-    for e in named_entries(path, spec.pattern):
-        sheet = np.asarray(_opened(e.read(), e.name).convert('RGB'))
+    for e in named_entries(path, spec.pattern, left_out):
+        sheet = np.asarray(_seen(open_image(e.read(), e.name), spec, e.name).convert('RGB'))
         rows, cols = ((s-spec.gap)//step for s in sheet.shape[:2])
         if (rows*step+spec.gap, cols*step+spec.gap) != sheet.shape[:2]:
             raise StudyError(f"{e.name}: {sheet.shape[1]} x {sheet.shape[0]} pixels are no whole number of tiles "
                              f"of {spec.tile} with {spec.gap} between")
-        out += [Entry(f'{e.name}[{r},{c}]', e.split, e.label, partial(tile, sheet, r, c))
-                for r in range(rows) for c in range(cols) if (e.label, r, c) not in dropped]
+        for r, c in itertools.product(range(rows), range(cols)):
+            name = f'{e.name}[{r},{c}]'
+            if (e.label, r, c) in dropped:
+                _note(left_out, name, f'the table {spec.drop} leaves it out')
+            else:
+                out.append(Entry(name, e.split, e.label, partial(tile, sheet, r, c)))
     return out
 
 # %% ../nbs/01_data.ipynb #9f442cca
@@ -388,7 +470,8 @@ def hub_entries(root, spec    # folder that may hold `repo`; HubImagesSpec
         rows = rows.cast_column(spec.image, datasets.Image(decode=False))
         names = getattr(rows.features[spec.label], 'names', None)
         for i, y in enumerate(rows[spec.label]):
-            label = names[y] if names and not isinstance(y, str) else str(y)
+            known = names and isinstance(y, int) and 0 <= y < len(names)      # -1 and null stand for "no label"
+            label = names[y] if known else str(y)
             out.append(Entry(f'{spec.repo}/{split}/{i}', split, label, partial(_hub_image, rows, i, spec.image)))
     return out
 
@@ -410,20 +493,22 @@ def _split_of(e, spec, name):
 
 def _class_of(e, spec, classes, name):
     "The study's label of an entry's class; None: left out."
+    known = {same_letters(k): v for k, v in spec.classes.items()}
     if spec.classes:
-        if e.label not in spec.classes:
+        if e.label not in known:
             raise StudyError(f"{e.name}: class {e.label!r} is not in data.sets.{name}.classes"
                              f"{nearest(e.label, spec.classes)}; null leaves it out")
-        return None if spec.classes[e.label] is None else classes.index(spec.classes[e.label])
+        return None if known[e.label] is None else classes.index(known[e.label])
     if e.label in classes: return classes.index(e.label)
-    if e.label.isdigit() and int(e.label) < len(classes): return int(e.label)
+    if re.fullmatch('[0-9]+', e.label) and int(e.label) < len(classes): return int(e.label)
     raise StudyError(f"{e.name}: {e.label!r} is not a class of the study{nearest(e.label, classes)}; "
                      f"data.sets.{name}.classes may translate it")
 
 def translate(entries: list,    # as listed
               spec,             # ImagesSpec
               classes: list,    # of the study
-              name: str         # of the set
+              name: str,        # of the set
+              left_out=None     # list, filled: images of splits and classes that are mapped to null
              ) -> list:         # (split, label, Entry), split by split and class by class
     "Splits and classes of an input in the study's words."
     labels, out = {}, []
@@ -433,6 +518,9 @@ def translate(entries: list,    # as listed
             labels[e.label] = _class_of(e, spec, classes, name)
         if split is not None and labels[e.label] is not None:
             out.append((split, labels[e.label], e))
+        else:
+            what = f'split {e.split}' if split is None else f'class {e.label}'
+            _note(left_out, e.name, f'{what} is null in params.yaml')
     for split in dict.fromkeys(s for s, _, _ in out if not spec.fewer_classes):
         lost = set(range(len(classes)))-{y for s, y, _ in out if s == split}
         if lost:
@@ -441,14 +529,28 @@ def translate(entries: list,    # as listed
     return in_order(out)
 
 # %% ../nbs/01_data.ipynb #b773354e
-def _sized(data, size, channels, border, name):
+def _sized(data, size, channels, spec, name):
     "Bytes or an array as an image of the study's size."
     if not isinstance(data, bytes):
         data = encode_png(np.ascontiguousarray(data))
-    if border:
-        im = _opened(data, name)
-        data = encode_png(np.asarray(im.convert('RGB').crop((border, border, im.width-border, im.height-border))))
-    return decode(data, size, channels, name)
+    if k := spec.border:
+        im = _seen(open_image(data, name), spec, name)
+        if min(im.size) <= 2*k: raise StudyError(f"{name}: {im.width} x {im.height} pixels have no inside, border: {k}")
+        data = encode_png(np.asarray(im.convert('RGB').crop((k, k, im.width-k, im.height-k))))
+    return decode(data, size, channels, name, spec.background or '', spec.value_range)
+
+def _check_left(found, out, spec, damaged):
+    "Raise where more was left out than the set allows, or every image of a class of a split."
+    gone = len(found)-len(out)
+    if gone > spec.max_left_out*len(found):
+        raise StudyError(f"{gone} of {len(found)} images are damaged or repeats, which is more than max_left_out "
+                         f"({spec.max_left_out:g}); the first: {damaged[0]['file']}: {damaged[0]['reason']}")
+    lost = {(s, y) for s, y, _ in found}-{(s, y) for s, y, _ in out}
+    if lost:
+        split, label = min(lost)
+        first = next(e for s, y, e in found if (s, y) == (split, label))
+        raise StudyError(f"split {split!r}: every image of class {first.label!r} is damaged or a repeat, for example "
+                         f"{first.name}; runs/data/NAME/left_out.csv is written when the set can be made")
 
 def usable(found: list,         # (split, label, Entry)
            spec,                # ImagesSpec
@@ -458,20 +560,23 @@ def usable(found: list,         # (split, label, Entry)
           ) -> list:
     "What is left without damaged images and repeats, where the set specifies so; every image is read once for that."
     if spec.unreadable == 'error' and spec.duplicates == 'keep': return found
-    seen, out = {}, []
+    seen, out, damaged = {}, [], []
     for x in tqdm(found, desc='checked', unit='image'):
         e = x[2]
         try:
-            pixels = _sized(e.read(), size, channels, spec.border, e.name).tobytes()
+            pixels = _sized(e.read(), size, channels, spec, e.name).tobytes()
         except StudyError as err:
             if spec.unreadable == 'error': raise
-            left_out.append(dict(image=e.name, why=str(err)))
+            _note(damaged, e.name, str(err).partition(': ')[2])
             continue
-        first = seen.setdefault(hashlib.sha256(pixels).digest(), e.name)
-        if spec.duplicates == 'drop' and first is not e.name:
-            left_out.append(dict(image=e.name, why=f'the same pixels as {first}'))
+        first = seen.setdefault(hashlib.sha256(pixels).digest(), x)
+        if spec.duplicates == 'drop' and first is not x:
+            other = '' if first[1] == x[1] else f', which is of class {first[2].label}'
+            _note(damaged, e.name, f'the same pixels as {first[2].name}{other}')
         else:
             out.append(x)
+    left_out += damaged
+    _check_left(found, out, spec, damaged)
     return out
 
 # %% ../nbs/01_data.ipynb #9a450ec4
@@ -498,13 +603,13 @@ def image_samples(found: list,    # (split, label, Entry)
                  ):
     "The images of an input as samples, decoded one after the other."
     for split, label, e in found:
-        yield dict(split=split, label=label, image=_sized(e.read(), size, channels, spec.border, e.name))
+        yield dict(split=split, label=label, image=_sized(e.read(), size, channels, spec, e.name))
 
 # %% ../nbs/01_data.ipynb #597df5e0
 def _label(text, classes, name):
     "A class index from the text of a `cls` file."
     if text in classes: return classes.index(text)
-    if text.isdigit() and int(text) < len(classes): return int(text)
+    if re.fullmatch('[0-9]+', text) and int(text) < len(classes): return int(text)
     raise StudyError(f"{name}: class {text!r} is none of the study's{nearest(text, classes)}")
 
 def _shards_of(path):
@@ -517,37 +622,45 @@ def _shards_of(path):
     if not any(splits.values()): raise StudyError(f"{path}: no .tar or .tar.gz shard here or one folder below")
     return splits
 
-def _shard_sample(key, files, file, classes, size, channels):
+def _text(data, name):
+    "The text of a file of a sample."
+    try:
+        return data.decode()
+    except UnicodeDecodeError as e:
+        raise StudyError(f"{name}: expected text in UTF-8, found byte {e.object[e.start]:#x} at {e.start}") from None
+
+def _shard_sample(key, files, file, classes, size, channels, seen):
     "A sample of the study from one of a shard; without its split."
     ext = next((e for e in IMAGE_TYPES if e in files), None)
     if ext is None or 'cls' not in files:
         raise StudyError(f"{file}: sample {key} has {sorted(files)}, expected an image and 'cls'")
-    label = _label(files['cls'].decode().strip(), classes, f'{file}:{key}')
-    return dict(label=label, caption=files.get('txt', b'').decode(),
-                image=decode(files[ext], size, channels, f'{file}:{key}'))
+    label = _label(_text(files['cls'], f'{file}:{key}.cls').strip(), classes, f'{file}:{key}')
+    return dict(label=label, caption=_text(files.get('txt', b''), f'{file}:{key}.txt'),
+                image=decode(files[ext], size, channels, f'{file}:{key}', **seen))
 
 def shard_samples(path,           # folder
                   classes: list,  # class names, in label order
                   size: int,      # pixels per side
-                  channels: int   # 1 or 3
+                  channels: int,  # 1 or 3
+                  **seen          # background and value_range, as for `decode`
                  ):
     "Images of existing WebDataset shards: FOLDER/*.tar[.gz], or SPLIT/*.tar[.gz]; `cls` is an index or a class name."
     for split, files in _shards_of(Path(path)).items():
         for file in files:
             try:
                 for key, s in tar_samples(file):
-                    yield dict(split=split) | _shard_sample(key, s, file, classes, size, channels)
+                    yield dict(split=split) | _shard_sample(key, s, file, classes, size, channels, seen)
             except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
                 raise StudyError(f"{file}: the shard is damaged ({e})") from None
 
 # %% ../nbs/01_data.ipynb #442931c0
-def _entries(study, spec, path):
+def _entries(study, spec, path, left_out):
     "The listing of an input of images."
     if spec.type == 'imagefolder':
         classes = study.study.classes
-        return folder_entries(path, {*classes, *spec.classes, *(str(i) for i in range(len(classes)))})
-    if spec.type == 'files': return named_entries(path, spec.pattern)
-    if spec.type == 'tiles': return tile_entries(path, spec)
+        return folder_entries(path, {*classes, *spec.classes, *(str(i) for i in range(len(classes)))}, left_out)
+    if spec.type == 'files': return named_entries(path, spec.pattern, left_out)
+    if spec.type == 'tiles': return tile_entries(path, spec, left_out)
     return hub_entries(study.path(study.data.root), spec)
 
 def set_samples(study: Study,   # the study
@@ -564,11 +677,30 @@ def set_samples(study: Study,   # the study
     if spec.type == 'uci_digits': return digit_samples(spec, path, seed), None
     if spec.type == 'rendered_digits':
         return rendered_samples(spec, path, classes, study.seed), sum(spec.splits.values())
-    if spec.type == 'webdataset': return shard_samples(path, classes, size, ch), None
-    found = usable(translate(_entries(study, spec, path), spec, classes, name), spec, size, ch, left_out)
+    if spec.type == 'webdataset':
+        seen = dict(background=spec.background or '', value_range=spec.value_range)
+        return shard_samples(path, classes, size, ch, **seen), None
+    found = translate(_entries(study, spec, path, left_out), spec, classes, name, left_out)
+    try:
+        found = usable(found, spec, size, ch, left_out)
+    except StudyError as e:
+        raise StudyError(f"set {name!r}: {e}") from None
     return image_samples(hold_out(found, spec, seed, name), spec, size, ch), len(found)
 
 # %% ../nbs/01_data.ipynb #755e5bf2
+def _say_left_out(name, m, left_out, notes):
+    "List what is not in the set, or in it under two classes, and say in one line how much of each there is."
+    kinds = collections.Counter(re.split(r' \(| as |: ', r['reason'])[0] for r in left_out)
+    two = m[m.groupby('sha256').label.transform('nunique') > 1].sort_values(['sha256', 'key'])
+    if len(two):
+        kinds['in it under two classes (two_classes.csv)'] = len(two)
+    for file, table in (('left_out.csv', pd.DataFrame(left_out)), ('two_classes.csv', two[['key', 'class', 'sha256']])):
+        (notes/file).unlink(missing_ok=True)
+        if len(table):
+            write_csv(notes/file, table)
+    if kinds:
+        print(f"{name}: {len(m)} images; " + ', '.join(f'{n} {kind}' for kind, n in kinds.items()))
+
 def build_set(study: Study,  # the study
               name: str      # under data.sets
              ) -> pd.DataFrame:    # the manifest
@@ -577,10 +709,11 @@ def build_set(study: Study,  # the study
     spec, notes, left_out = study.data.sets[name], study.path('runs', 'data', name), []
     samples, total = set_samples(study, name, left_out)
     m = write_set(folder, samples, classes, study.data.shard_size, total)
-    check_set(m, name, classes, getattr(spec, 'fewer_classes', False))
+    try:
+        check_set(m, name, classes, getattr(spec, 'fewer_classes', False))
+    except StudyError:
+        shutil.rmtree(folder)                # nobody is to find it
+        raise
     write_atomic(notes/'samples.png', encode_png(sample_grid(folder, len(classes))))
-    if left_out:
-        write_csv(notes/'left_out.csv', pd.DataFrame(left_out))
-    else:
-        (notes/'left_out.csv').unlink(missing_ok=True)
+    _say_left_out(name, m, left_out, notes)
     return m

@@ -12,16 +12,15 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from tqdm import tqdm
+from .pixels import IMAGE_TYPES, as_seen, open_image
 from .study import StudyError, atomic_file, file_sha256, nearest
 
 # %% auto #0
-__all__ = ['IMAGE_TYPES', 'COLUMNS', 'encode_image', 'encode_png', 'decode', 'write_shard', 'tar_samples', 'replace_folder',
-           'write_set', 'read_manifest', 'read_shard', 'ShardImages', 'open_images', 'join', 'ImageSet', 'load_set',
+__all__ = ['COLUMNS', 'encode_image', 'encode_png', 'decode', 'write_shard', 'tar_samples', 'replace_folder', 'write_set',
+           'read_manifest', 'read_shard', 'ShardImages', 'open_images', 'join', 'ImageSet', 'load_set',
            'balanced_order', 'check_subset', 'subset', 'check_set', 'sample_grid']
 
 # %% ../nbs/00c_shards.ipynb #764070c0
-IMAGE_TYPES = ('png', 'jpg', 'jpeg', 'webp', 'bmp', 'tif', 'tiff', 'gif')
-
 def _pillow(image):
     "An array as an image of the library Pillow."
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
@@ -41,18 +40,15 @@ def encode_png(image    # uint8 array, height x width x channels (1 or 3)
     return encode_image(image)
 
 # %% ../nbs/00c_shards.ipynb #6066d4ad
-def decode(data: bytes,       # an encoded image
-           size: int,         # pixels per side wanted
-           channels: int,     # 1 or 3
-           name=''            # named in errors
-          ):                  # uint8 array, size x size x channels
-    "Decode an image; shorter side resized to `size` (antialiased), centre cropped, grey or RGB."
-    try:
-        im = Image.open(io.BytesIO(data))
-        im.load()
-    except Exception as e:
-        raise StudyError(f"{name}: not a readable image ({e})") from None
-    im = im.convert('L' if channels == 1 else 'RGB')
+def decode(data: bytes,               # an encoded image
+           size: int,                 # pixels per side wanted
+           channels: int,             # 1 or 3
+           name='',                   # named in errors
+           background: str = '',      # behind transparent pixels, as for `as_seen`
+           value_range: list = None   # black and white of images of numbers, as for `as_seen`
+          ):                          # uint8 array, size x size x channels
+    "Decode an image as it is seen; shorter side resized to `size` (antialiased), centre cropped, grey or RGB."
+    im = as_seen(open_image(data, name), background, value_range, name).convert('L' if channels == 1 else 'RGB')
     if im.size != (size, size):
         w, h = im.size
         s = size/min(w, h)
@@ -83,6 +79,16 @@ def write_shard(path,             # NAME-000000.tar or, where headers outweigh t
                     _add(tar, f"{s['key']}.txt", s['caption'].encode())
 
 # %% ../nbs/00c_shards.ipynb #adda1069
+_LARGEST = 2**30       # bytes of one file in a shard, an image or a text; more is no such file
+
+def _at_its_end(tar, last):
+    "Raise unless a tar was read to the mark at its end."
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(512) != bytes(512):
+        raise tarfile.ReadError(f'cut or damaged after {last}' if last else 'cut or damaged at its beginning')
+    while tar.fileobj.read(2**20):               # a compressed one is checked when it is read to its end
+        continue
+
 def tar_samples(path    # a .tar or .tar.gz shard
                ):       # yields (key, {extension: bytes})
     "The samples of a WebDataset shard in order; a sample's files are adjacent and share the name up to the first dot."
@@ -90,12 +96,15 @@ def tar_samples(path    # a .tar or .tar.gz shard
     with tarfile.open(path, 'r:*') as tar:
         for member in tar:
             if not member.isfile(): continue
+            if member.size > _LARGEST:
+                raise tarfile.ReadError(f'{member.name} has {member.size} bytes, expected at most {_LARGEST}')
             base, _, ext = member.name.rpartition('/')[2].partition('.')
             k = member.name[:len(member.name)-len(ext)-1] if ext else member.name
             if k != key and sample:
                 yield key, sample
                 sample = {}
             key, sample[ext.lower()] = k, tar.extractfile(member).read()
+        _at_its_end(tar, key)
     if sample:
         yield key, sample
 

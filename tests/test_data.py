@@ -122,7 +122,7 @@ def test_image_folder_faults(folder):
     with pytest.raises(StudyError, match=words):
         folder_samples(folder, [*CLASSES, 'bird'], 8, 3)
     shutil.copytree(folder/'train'/'cat', folder/'train'/'deep'/'er')
-    with pytest.raises(StudyError, match='train/deep/er/0.jpg is neither SPLIT/CLASS/image'):
+    with pytest.raises(StudyError, match="train/deep/er/0.jpg: 'deep' is not a class of the study"):
         folder_samples(folder, CLASSES, 8, 3)
     shutil.rmtree(folder/'train'/'deep')
     (folder/'train'/'cat'/'0.jpg').write_bytes(b'not a jpeg')
@@ -131,7 +131,7 @@ def test_image_folder_faults(folder):
     lost = []
     s = spec('imagefolder', unreadable='skip')
     assert len(read(folder_entries(folder, set(CLASSES)), s, lost=lost)) == 11
-    assert 'cat/0.jpg' in lost[0]['image'] and 'not a readable image' in lost[0]['why']
+    assert 'cat/0.jpg' in lost[0]['file'] and 'not a readable image' in lost[0]['reason']
 
 def test_a_zip_is_read_as_its_folder_is_whatever_its_names_say(folder, tmp_path):
     (tmp_path/'zips').mkdir()
@@ -207,7 +207,8 @@ def test_whatever_repeats_is_dropped_once_and_held_out_images_are_nobody_elses(t
     with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z:
         for k, (c, v) in enumerate([*shades, ('cat', 100), ('dog', 101)]):
             z.writestr(f'{c}-{k:03d}.png', encode_png(np.full((4, 4, 3), v, np.uint8)))
-    lost, s = [], spec('files', pattern=r'(?P<class>\w+)-\d+\.png', duplicates='drop', hold_out=dict(val=2))
+    lost, s = [], spec('files', pattern=r'(?P<class>\w+)-\d+\.png', duplicates='drop', hold_out=dict(val=2),
+                       max_left_out=1.)
     got = read(named_entries(tmp_path/'a.zip', s.pattern), s, size=4, lost=lost)
     pixels = [x['image'].tobytes() for x in got]
     assert len(set(pixels)) == len(pixels) == len({v for _, v in shades})+2
