@@ -6,6 +6,7 @@
 from __future__ import annotations
 from typing import Annotated, Literal, Union
 from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 from .study import Count, Ident, Key, Positive, Rate, Section
 
 # %% auto #0
@@ -18,10 +19,36 @@ METRICS = ('loss', 'loss_calibrated', 'top1', 'top5', 'ece')     # of every poin
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
 
+# Arguments of timm.create_model that name weights, or make another thing than a classifier of the study's images.
+_WEIGHTS = ('checkpoint', 'weights', 'ckpt', 'state_dict', 'file', 'url', 'cache_dir', 'model_dir')
+_FILES = ('.safetensors', '.pt', '.pth', '.bin', '.ckpt', '.npz', '.tar', '.pkl')
+_OUTPUT = ('num_classes', 'in_chans', 'features_only', 'feature_cfg', 'out_indices', 'exportable', 'scriptable')
+_NOT_YET = 'starting from pretrained weights is not supported yet: every network begins at random, by its seed'
+
+def _random_name(name):
+    "An architecture of timm by its bare name: a tag after a dot, or a place before a colon, names weights."
+    tag = '.' in name or ':' in name or '/' in name
+    if tag: raise PydanticCustomError('weights', f'expected an architecture without the tag of weights; {_NOT_YET}')
+    return name
+
+def _random_kwargs(kwargs):
+    "Arguments of an architecture of which none names weights, under which weights would be used or ignored untracked."
+    for k, v in kwargs.items():
+        if k in _OUTPUT:
+            raise PydanticCustomError('output', f'{k} cannot be set here: the study sets what a network takes and gives')
+        named = k.startswith(('pretrained', 'hf_', 'checkpoint')) or k in _WEIGHTS or k.endswith('_weights')
+        if named or isinstance(v, str) and ('/' in v or ':' in v or v.endswith(_FILES)):
+            raise PydanticCustomError('weights', f'{k} names weights; {_NOT_YET}')
+    return kwargs
+
+_Name = Annotated[str, Field(max_length=80), AfterValidator(_random_name), Field(pattern=r'^[A-Za-z0-9_+-]+$')]
+_Kwargs = Annotated[dict[str, Union[int, float, bool, str, list[int]]], AfterValidator(_random_kwargs)]
+
+# %% ../nbs/00f_recipes.ipynb #d0a9f77d
 class Arch(Section):
-    "A timm architecture; `kwargs` go to timm.create_model as they are."
-    name: Ident
-    kwargs: dict[str, Union[int, float, bool, str, list[int]]] = {}
+    "A timm architecture with random weights; `kwargs` go to timm.create_model as they are."
+    name: _Name                      # without a tag: timm's tag after a dot names pretrained weights
+    kwargs: _Kwargs = {}             # none that names weights or a file
     stem: Literal['', 'cifar'] = ''  # cifar: a ResNet begins with a 3x3 convolution of stride 1 and no pooling, as for
                                      # images of 32x32 pixels (He et al. 2016, section 4.2)
 
