@@ -10,13 +10,35 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from .study import StudyError, file_sha256, nearest
+from .study import FatalError, StudyError, file_sha256, nearest
 
 # %% auto #0
-__all__ = ['FAMILIES', 'GROUP', 'KEEP', 'pipeline_class', 'saved_variant', 'check_folder', 'known_sha256', 'folder_sha256',
-           'model_origin', 'quiet', 'load_pipeline', 'row_scheduler', 'Family', 'family_table', 'SamplingSettings',
-           'sampling_settings', 'encode_prompts', 'prompts_cut', 'PromptEncoder', 'as_bytes', 'flagged', 'fit_images',
-           'Sampler']
+__all__ = ['FAMILIES', 'GROUP', 'KEEP', 'ROUNDING', 'first_line', 'read_json', 'pipeline_class', 'saved_variant', 'check_folder',
+           'known_sha256', 'folder_sha256', 'model_origin', 'quiet', 'load_pipeline', 'row_scheduler', 'Family',
+           'family_table', 'SamplingSettings', 'sampling_settings', 'encode_prompts', 'prompts_cut', 'PromptEncoder',
+           'as_bytes', 'flagged', 'fit_images', 'Sampler', 'check_repeats']
+
+# %% ../nbs/01b_pipelines.ipynb #b536c005
+def first_line(e    # an exception
+              ) -> str:
+    "What is reported of another library's error: its type, and the first line of its message where it has one."
+    lines = str(e).strip().splitlines()
+    return f'{type(e).__name__}: {lines[0][:300]}' if lines else type(e).__name__
+
+def read_json(file,       # in a model's folder
+              *keys: str  # that it must have
+             ) -> dict:
+    "The contents of a JSON file of a model; raises `StudyError` that names the file."
+    try:
+        found = json.loads(Path(file).read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise StudyError(f"{file}: no such file; copy the folder again") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise StudyError(f"{file}: not readable as JSON ({first_line(e)}); copy the folder again") from None
+    lost = [k for k in keys if k not in found] if isinstance(found, dict) else keys
+    if lost or not isinstance(found, dict):
+        raise StudyError(f"{file}: expected an object"+(f" with the key {lost[0]!r}" if lost else ''))
+    return found
 
 # %% ../nbs/01b_pipelines.ipynb #593c9f2f
 _TEXT = {'prompt', 'guidance_scale', 'generator', 'num_inference_steps'}       # what a text-to-image call takes
@@ -33,10 +55,10 @@ def _makes_images_of_text(cls, takes):
 def _read_index(index):
     "A pipeline's parts as model_index.json lists them, and the name of its class."
     try:
-        parts = json.loads(index.read_text())
-        return parts, parts['_class_name']
-    except (ValueError, KeyError, TypeError) as e:
-        raise StudyError(f"{index}: not a pipeline's index ({type(e).__name__}: {e})") from None
+        parts = read_json(index, '_class_name')
+    except StudyError as e:
+        raise StudyError(f"{e} (not a pipeline's index)") from None
+    return parts, parts['_class_name']
 
 def pipeline_class(folder,                  # holds model_index.json
                    upscaler: bool = False   # expect the second stage of a cascade, which enlarges images
@@ -67,7 +89,10 @@ def pipeline_class(folder,                  # holds model_index.json
 def _origin(folder):
     "What `models` noted about where a folder came from; {} for a model from no hub."
     origin = Path(folder)/'origin.json'
-    return json.loads(origin.read_text()) if origin.exists() else {}
+    found = read_json(origin) if origin.exists() else {}
+    for k, v in found.items():
+        if not isinstance(v, str): raise StudyError.at(f'{origin}: {k}', v, 'a text')
+    return found
 
 def saved_variant(folder    # of a pipeline
                  ) -> str:
@@ -93,7 +118,10 @@ def _check_weights(folder, variant):
         found = 'weights are pickled' if pickled else 'no weights in safetensors'
         raise StudyError(f"{folder}: {found}; expected safetensors (save_pretrained writes them)")
     for table in folder.glob(f'*.safetensors.index{"."+variant if variant else ""}.json'):
-        for w in sorted(set(json.loads(table.read_text())['weight_map'].values())):
+        pieces = read_json(table, 'weight_map')['weight_map']
+        if not isinstance(pieces, dict): raise StudyError(f"{table}: weight_map is no table of files")
+        for w in sorted({str(v) for v in pieces.values()}):
+            if '/' in w or '\\' in w: raise StudyError(f"{table}: the weights {w!r} are not in this folder")
             if (folder/w).exists(): continue
             raise StudyError(f"{folder/w}: missing, though {table.name} names it; copy the folder again")
     for w in weights:
@@ -313,20 +341,58 @@ def _pick_scheduler(folder, name, asked):
     file = Path(folder)/'scheduler'/'scheduler_config.json'
     if not file.exists():
         raise StudyError(f"{file}: no such file; every text-to-image pipeline is saved with a scheduler")
-    saved = json.loads(file.read_text())['_class_name']
+    config = read_json(file, '_class_name')
+    saved = config['_class_name']
     scheduler = asked or saved
     known = getattr(diffusers, scheduler, None)
-    if not isinstance(known, type) or not issubclass(known, diffusers.SchedulerMixin):
+    if not isinstance(known, type) or not issubclass(known, diffusers.SchedulerMixin) or not hasattr(known, 'step'):
+        needs = [n for n in getattr(known, '_backends', ()) if n != 'torch']      # diffusers' stand-in for it
+        if needs: raise StudyError(f"scheduler is {scheduler!r}, which needs the package {', '.join(needs)}")
         hint = nearest(scheduler, [n for n in dir(diffusers) if n.endswith('Scheduler')])
         raise StudyError(f"scheduler is {scheduler!r}: diffusers has no such scheduler{hint}")
     if not asked: return saved
-    fits = getattr(getattr(diffusers, saved, None), '_compatibles', None)
-    if fits and asked not in (saved, *fits):
-        raise StudyError(f"scheduler is {asked!r}, which cannot take the place of the {saved} "
-                         f"that the model was saved with{nearest(asked, fits)}")
     if name == 'AmusedPipeline' and asked != 'AmusedScheduler':
         raise StudyError(f"scheduler is {asked!r}: AmusedPipeline has one scheduler, AmusedScheduler")
+    fits = getattr(getattr(diffusers, saved, None), '_compatibles', None) or []
+    if saved.startswith('FlowMatch'):                      # they list none, and all of them denoise the same flow
+        fits = [n for n in dir(diffusers) if n.startswith('FlowMatch') and n.endswith('Scheduler')]
+    if asked not in (saved, *map(str, fits)):
+        raise StudyError(f"scheduler is {asked!r}, which cannot take the place of the {saved} "
+                         f"that the model was saved with{nearest(asked, fits)}")
+    if asked != saved:
+        _check_trained(known, config, asked)
     return asked
+
+# %% ../nbs/01b_pipelines.ipynb #585a4a95
+# The settings of a scheduler that say how the model was trained. diffusers leaves out those that another class lacks.
+_TRAINED = ('prediction_type', 'num_train_timesteps', 'beta_schedule', 'beta_start', 'beta_end', 'trained_betas',
+            'rescale_betas_zero_snr', 'shift', 'use_dynamic_shifting')
+
+def _check_trained(scheduler, config, asked):
+    "Whether a scheduler takes what the saved one says about the model's training, where that is not what is usual."
+    takes = inspect.signature(scheduler.__init__).parameters
+    usual = dict(prediction_type='epsilon', trained_betas=None, rescale_betas_zero_snr=False, shift=1.,
+                 use_dynamic_shifting=False)
+    for k in _TRAINED:
+        if k not in config or k in takes or config[k] == usual.get(k, ...): continue
+        raise StudyError(f"scheduler is {asked!r}, which has no {k}: the model was trained with {k} {config[k]!r}, and "
+                         "its images would be wrong without a word")
+
+def _check_steps(folder, steps):
+    "Whether the scheduler of a model has so many steps."
+    most = read_json(Path(folder)/'scheduler'/'scheduler_config.json').get('num_train_timesteps')
+    if isinstance(most, int) and steps > most:
+        raise StudyError.at('steps', steps, f'at most {most}, the steps that the model was trained with')
+
+def _check_guidance(folder, name, family, scale):
+    "Whether a model has this guidance scale: in the range of its family, and not ignored by its network."
+    least = family.none if family else 0.
+    if not (np.isfinite(scale) and scale >= least):        # NaN is refused, too
+        raise StudyError(f"guidance_scale is {scale:g}: the range of {name} begins at {least:g}, "
+                         "which is no guidance, and ends at any finite number")
+    network = Path(folder)/'transformer'/'config.json'
+    if name != 'FluxPipeline' or not network.exists() or read_json(network).get('guidance_embeds') is not False: return
+    if scale: raise StudyError.at('guidance_scale', scale, '0: this FLUX was distilled without guidance and ignores it')
 
 def _pick_upscale(folder, family, asked):
     "What the second stage is asked for, {} where the model has none; `asked` is an UpscaleSpec or None."
@@ -336,6 +402,11 @@ def _pick_upscale(folder, family, asked):
     if not up.exists(): return {}
     usual = (family.upscale if family else None) or _ENLARGE
     given = {k: v for k, v in asked.model_dump().items() if v is not None} if asked else {}
+    noising = up/'image_noising_scheduler'/'scheduler_config.json'
+    most = read_json(noising).get('num_train_timesteps') if noising.exists() else None
+    if isinstance(most, int) and not (usual | given)['noise_level'] < most:
+        raise StudyError.at('upscale.noise_level', given['noise_level'], f'less than {most}, the steps of its scheduler')
+    _check_steps(up, (usual | given)['steps'])
     return usual | given
 
 # %% ../nbs/01b_pipelines.ipynb #e1f87ddd
@@ -346,16 +417,16 @@ def sampling_settings(folder,    # of the pipeline
     "What a source asks of its model, defaults filled in; raises `StudyError` for what the pipeline cannot do."
     cls, _ = pipeline_class(folder)
     name, f, takes = cls.__name__, FAMILIES.get(cls.__name__), inspect.signature(cls.__call__).parameters
-    if f and not spec.guidance_scale >= f.none:            # written so that NaN is refused, too
-        raise StudyError(f"guidance_scale is {spec.guidance_scale:g}: the range of {name} begins at {f.none:g}, "
-                         "which is no guidance")
+    _check_guidance(folder, name, f, spec.guidance_scale)
     scheduler = _pick_scheduler(folder, name, spec.scheduler)
+    steps = spec.steps or (f.steps if f else takes['num_inference_steps'].default)
+    _check_steps(folder, steps)
     if spec.size and 'height' not in takes: raise StudyError(f"size is {spec.size}: {name} generates one size only")
     return SamplingSettings(
         pipeline=name,
         guidance_scale=float(spec.guidance_scale),
         guided=name != 'FluxPipeline' and spec.guidance_scale > 1,
-        steps=spec.steps or (f.steps if f else takes['num_inference_steps'].default),
+        steps=steps,
         scheduler=scheduler,
         size=spec.size or 0,
         dtype=g.dtype or (f.dtype if f else 'float32'),
@@ -515,7 +586,12 @@ def _set_scheduler(pipe, name):
     "Give a pipeline the scheduler class `name`, with the settings of the one that it has."
     import diffusers
     if type(pipe.scheduler).__name__ in (name, 'RowAmusedScheduler'): return
-    pipe.register_modules(scheduler=getattr(diffusers, name).from_config(pipe.scheduler.config))
+    try:
+        made = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    except Exception as e:
+        raise FatalError(f"scheduler is {name!r}, which cannot be made from the settings of the model's own: "
+                         f"{first_line(e)}") from None
+    pipe.register_modules(scheduler=made)
 
 def _cloned(call):
     "A call whose tensors are copies."
@@ -611,6 +687,25 @@ class Sampler(PromptEncoder):
         "Remember which rows of a pass the decoder returned finite."
         self._decoder_finite = finite
 
+    def _call(self, call, kw, generators):
+        "What the pipeline returns, and its second stage if there is one; what it does not support is named."
+        arrays = type(self.pipe).__name__ == 'IFPipeline' and not self.up    # the checker of IF takes no tensors
+        how = self.how
+        try:
+            out = self.pipe(**call, output_type='np' if arrays else 'pt')
+            size = out.images.shape[1:3] if arrays else out.images.shape[-2:]
+            if self.up:
+                out = _enlarge(self.up, how.upscale, out.images, kw, generators)
+        except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
+                ValueError) as e:
+            if 'memory' in str(e).lower() or 'CUDA error' in str(e): raise
+            raise FatalError(f"{how.pipeline} cannot generate with scheduler {how.scheduler!r}, steps {how.steps}, "
+                             f"guidance_scale {how.guidance_scale:g}"+(f", size {how.size}" if how.size else '')
+                             + f": {first_line(e)}") from e
+        if how.size and tuple(size) != (how.size, how.size):
+            raise FatalError(f"size is {how.size}: {how.pipeline} generates {size[1]} x {size[0]} pixels instead")
+        return out
+
     def sample(self,
                prompts: list,    # one text per image, at most batch_size
                seeds             # one integer per image
@@ -626,11 +721,31 @@ class Sampler(PromptEncoder):
         if getattr(self.pipe.scheduler, 'bad', None):
             self.pipe.scheduler.bad = frozenset()
         self._decoder_finite = True                                          # where there is no decoder
-        arrays = type(self.pipe).__name__ == 'IFPipeline' and not self.up    # the checker of IF takes no tensors
-        out = self.pipe(**call, output_type='np' if arrays else 'pt')
-        if self.up:
-            out = _enlarge(self.up, how.upscale, out.images, kw, generators)
+        out = self._call(call, kw, generators)
         images, finite = as_bytes(out.images)
         finite &= ~np.isin(np.arange(self.batch_size), list(getattr(self.pipe.scheduler, 'bad', ())))
         finite &= self._decoder_finite
         return images[:n], flagged(out, self.batch_size)[:n], finite[:n]
+
+# %% ../nbs/01b_pipelines.ipynb #a8d4d425
+ROUNDING = dict(float32=1, float16=4, bfloat16=16)    # grey levels of 255 by which an image drawn again may differ
+
+def check_repeats(sampler,         # a Sampler
+                  prompts: list,   # of one batch
+                  seeds,           # of its images
+                  images           # uint8, what they became
+                 ):
+    "Draw a batch once more and two of its images alone; raises `FatalError` where they differ by more than rounding."
+    how, most = sampler.how, ROUNDING[sampler.how.dtype]
+    def differ(rows):
+        again = sampler.sample([prompts[i] for i in rows], [seeds[i] for i in rows])[0]
+        return int(np.abs(again.astype(int)-images[rows]).max())
+    n = len(prompts)
+    tried = {'drawn once more, the first batch': differ(list(range(n)))}
+    tried |= {'alone, an image of the first batch': max(differ([i]) for i in {n//2, n-1})}
+    for what, levels in tried.items():
+        if levels <= most: continue
+        raise FatalError(f"{what} differs by {levels} grey levels from what it was, expected at most {most} in "
+                         f"{how.dtype}: with {how.pipeline} and {how.scheduler} an image does not depend on its prompt "
+                         "and seed alone. The scheduler takes its noise from elsewhere than the generators, or an image "
+                         "depends on its neighbours; another scheduler may do. Nothing was stored")
