@@ -4,7 +4,7 @@
 
 # %% ../nbs/04_generate.ipynb #bf675361
 from __future__ import annotations
-import hashlib, json, shutil
+import functools, hashlib, json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal, Union
 from dataclasses import asdict
@@ -14,17 +14,18 @@ import pandas as pd
 from pydantic import Field
 from filelock import FileLock, Timeout
 from .shards import check_set, encode_image, read_manifest, replace_folder, tar_samples, write_shard
-from .pipelines import Sampler, sampling_settings, fit_images, known_sha256, model_origin
+from .pipelines import (Sampler, check_repeats, sampling_settings, fit_images, known_sha256, model_origin,
+                                  read_json)
 from .prompts import read_prompts
 from .study import (Count, FatalError, Ident, Key, Positive, Rate, Section, Study, StudyError, atomic_file,
-                              file_sha256, link_or_copy, nearest, write_atomic)
+                              link_or_copy, nearest, write_atomic)
 
 # %% auto #0
 __all__ = ['Compile', 'ENGINE', 'PROMPT_RETRIES', 'MAX_RETRIES', 'UpscaleSpec', 'SourceCurve', 'SourceSpec', 'GenerateSection',
-           'source_spec', 'class_texts', 'distinct_prompts', 'image_key', 'source_plan', 'libraries', 'Source',
-           'sample_batch', 'write_part', 'read_part', 'images_there', 'shard_is_whole', 'finish_shard',
-           'recipe_differs', 'set_is_made', 'ShardLocked', 'generate_shard', 'assemble', 'reuse_existing',
-           'verify_source']
+           'source_spec', 'class_texts', 'distinct_prompts', 'image_key', 'source_plan', 'libraries', 'check_model',
+           'Source', 'sample_batch', 'write_part', 'read_part', 'images_there', 'finish_shard', 'ManifestRows',
+           'known_of_shard', 'rows_of_shard', 'rows_differ', 'shard_is_whole', 'recipe_differs', 'set_is_made',
+           'ShardLocked', 'generate_shard', 'assemble', 'reuse_existing', 'verify_source']
 
 # %% ../nbs/04_generate.ipynb #babcb031
 class UpscaleSpec(Section):
@@ -44,7 +45,8 @@ class SourceSpec(Section):
     "A generated image set: one model, one prompt set, one guidance scale."
     model: Ident                                   # under models
     prompts: Ident                                 # under prompts.sets
-    guidance_scale: float                          # classifier-free; which value means none: see pipelines
+    guidance_scale: Annotated[float, Field(allow_inf_nan=False)]    # classifier-free; which value means none: see
+                                                   # pipelines
     n_images: Union[Positive, None] = None         # classes in turn; more later extend it; null: generate.n_images
     steps: Union[Positive, None] = None            # of denoising; null: generate.steps, else the family's default
     scheduler: Ident = ''                          # a class of diffusers, e.g. DDIMScheduler; empty: the model's own
@@ -157,12 +159,32 @@ class _Layout:
         n, step = self.size(shard), self.batch_size
         return {i: self.folder/f'{shard:06d}'/f'{i:06d}-{min(i+step, n)-i}.parquet' for i in range(0, n, step)}
 
+    def checked(self, device: str) -> Path:
+        "Where it is noted that images drawn again on this device were the same; outside the working folder."
+        here = hashlib.sha256(f'{device} {libraries()}'.encode()).hexdigest()[:12]
+        return self.folder.with_name(f'.{self.name}-{self.key}-{here}.checked')
+
     def lock(self, what) -> FileLock:
         "The lock of a shard (its number) or of the set ('set'); outside the working folder, which is deleted."
         lock = f'.{self.name}-set.lock' if what == 'set' else f'.{self.name}-{self.key}-{what:06d}.lock'
         path = self.folder.with_name(lock)
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path)
+
+# %% ../nbs/04_generate.ipynb #8938acaa
+def check_model(study: Study,   # the study
+                name: str       # under models
+               ):
+    "Whether the files of models/NAME are those that were noted in runs/models/NAME.json, where that is there."
+    folder, note = study.path('models', name), study.path('runs', 'models', f'{name}.json')
+    if not note.exists(): return
+    noted = read_json(note, 'files')['files']
+    there = {f.relative_to(folder).as_posix(): f for f in folder.rglob('*') if f.is_file()}
+    for file in sorted({*noted, *there}):
+        if file in there and noted.get(file) == known_sha256(there[file]): continue
+        what = 'is missing' if file not in there else 'is none of its files' if file not in noted else 'is another file'
+        raise StudyError(f"{folder/file} {what}: the model is not the one that was recorded when it was made ({note}); "
+                         f"'dvc repro models@{name}' makes it again, 'dvc checkout' brings it back")
 
 # %% ../nbs/04_generate.ipynb #99a8b655
 class Source(_Layout):
@@ -186,6 +208,7 @@ class Source(_Layout):
                            seed=study.study.seed, classes=study.study.classes,
                            sampling=asdict(self.how), store=self.store, batch_size=self.batch_size,
                            shard_size=self.shard_size, engine=ENGINE)
+        check_model(study, self.spec.model)
         self.key = hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()[:24]
         self.folder, self.out = study.path('build', 'generate', f'{name}-{self.key}'), study.set_dir(name)
 
@@ -275,25 +298,13 @@ def images_there(src: Source,   # the source
         return min(src.size(shard), sum(int(f.stem.split('-')[1]) for f in parts))
     return sum(map(count, shards))
 
-def shard_is_whole(src: Source,   # the source
-                   shard: int     # its number
-                  ) -> bool:
-    "Whether a shard and its rows are there and agree with the plan and the hash."
-    try:
-        t = pd.read_parquet(src.table(shard))
-    except Exception:
-        return False
-    file = src.file(shard)
-    return t.key.tolist() == src.keys(shard) and file.exists() and known_sha256(file) == t.shard_sha256[0]
-
 # %% ../nbs/04_generate.ipynb #e8f8bce4
 def _manifest_rows(src, path, rows, p):
-    "The manifest rows of a finished shard, from its plan and its batches `p`: one row per image."
-    d, r = src.how, src.recipe
+    "The manifest rows of a shard, from its plan and what `p` says of each image; both in the order of the shard."
+    d, r, rows, p = src.how, src.recipe, rows.reset_index(drop=True), p.reset_index(drop=True)
     return pd.DataFrame({
         'key': rows.key, 'split': 'train', 'class': rows['class'], 'label': rows.label, 'caption': p.prompt,
-        'shard': path.name, 'sha256': [hashlib.sha256(i).hexdigest() for i in p.image],
-        'shard_sha256': file_sha256(path),
+        'shard': path.name, 'sha256': p.sha256, 'shard_sha256': known_sha256(path),
         'prompt': p.prompt, 'truncated': p.truncated, 'seed': p.seed, 'attempts': p.attempts,
         'guidance_scale': d.guidance_scale, 'steps': d.steps, 'scheduler': d.scheduler,
         'model': r['model'], 'revision': r['revision'], 'model_sha256': r['model_sha256'],
@@ -312,10 +323,132 @@ def finish_shard(src: Source,         # the source
     samples = (dict(key=r.key, image=image, label=r.label, caption=prompt)
                for r, image, prompt in zip(rows.itertuples(), p.image, p.prompt))
     write_shard(path, samples, 'jpg' if format == 'jpeg' else format)
-    table = _manifest_rows(src, path, rows, p)
+    table = _manifest_rows(src, path, rows, p.assign(sha256=[hashlib.sha256(i).hexdigest() for i in p.image]))
     with atomic_file(src.table(shard)) as f:
         table.to_parquet(f, index=False)
     shutil.rmtree(folder, ignore_errors=True)
+
+# %% ../nbs/04_generate.ipynb #ec46cbe7
+class ManifestRows:
+    "Rows of a manifest, as they are compared: those of each shard, and what the rows of a prompt agree upon."
+    def __init__(self,
+                 m: pd.DataFrame    # a manifest, or the rows of one shard
+                ):
+        self.m = m
+
+    def of(self, name: str) -> pd.DataFrame:
+        "The rows of a shard, by the name of its file."
+        return self._groups.get(name, self.m[:0])
+
+    @functools.cached_property
+    def _groups(self):
+        return {str(name): rows for name, rows in self.m.groupby('shard', sort=False)}
+
+    @functools.cached_property
+    def cut(self) -> dict:
+        "Prompt -> whether it was cut; None where its rows contradict each other."
+        return {str(prompt): _agreed(rows) for prompt, rows in self.m.groupby('prompt').truncated}
+
+    def state(self, path) -> str:
+        "What is wrong with a shard: '' if its hash is in its rows."
+        if not path.exists(): return 'missing'
+        return '' if known_sha256(path) in set(self.of(path.name).shard_sha256) else 'truncated or altered'
+
+def _agreed(values):
+    "The value that all of some rows have; None where they contradict each other or there are none."
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
+
+# %% ../nbs/04_generate.ipynb #87a66669
+@functools.lru_cache(maxsize=64)
+def _samples(path, size, mtime, inode):
+    "What a shard holds, in the state that the other arguments identify: key, class, text and hash of each image."
+    rows = [(key, int(s['cls']), s['txt'].decode(), hashlib.sha256(_image_of(s)).hexdigest())
+            for key, s in tar_samples(path)]
+    return pd.DataFrame(rows, columns=['key', 'label', 'prompt', 'sha256'])
+
+def _image_of(sample):
+    "The encoded image of a shard's sample."
+    return next(v for e, v in sample.items() if e not in ('cls', 'txt'))
+
+def _attempt(src, row, text, held):
+    "Number and seed of the attempt that made an image with this text; `held`: its row, or None. None where unknown."
+    sure = not src.how.safety_checker or held is not None and held.seed == row.seed
+    if text == row.prompt and sure: return 1, row.seed
+    if held is None or not src.how.safety_checker: return None
+    tries = [(row.prompt, row.seed), *(src.retry(row, k) for k in range(1, MAX_RETRIES))]
+    fits = [(k, seed) for k, (prompt, seed) in enumerate(tries, 1) if prompt == text]
+    by_seed = [f for f in fits if f[1] == held.seed]
+    return next(iter(by_seed or [f for f in fits if f[0] == held.attempts]), None)
+
+def _of_batches(src, held, keys, column):
+    "A value for each image of a shard: the one that the rows of its batch share, or of the shard where it has no row."
+    values, every = [getattr(held[k], column) if k in held else None for k in keys], []
+    for i in range(0, len(keys), src.batch_size):
+        batch = values[i:i+src.batch_size]
+        some = [v for v in batch if v is not None] or [v for v in values if v is not None]
+        every += [_agreed(some)]*len(batch)
+    return every
+
+# %% ../nbs/04_generate.ipynb #30304a39
+def known_of_shard(src: Source,       # the source
+                   shard: int,        # its number
+                   path,              # its file, whose hash is in the manifest
+                   m: ManifestRows    # the manifest
+                  ) -> tuple:         # the plan of its images, what is known of each; None where it is not this plan's
+    "What plan, shard and rows together say of each image of a shard; `known` is whether they say everything."
+    st = os.stat(path)
+    there = _samples(str(path), st.st_size, st.st_mtime_ns, st.st_ino)
+    start = shard*src.shard_size
+    plan = source_plan(src.study, src.name, src.by_class, start, start+len(there))
+    if there.key.tolist() != plan.key.tolist() or there.label.tolist() != plan.label.tolist(): return None
+    held = {r.key: r for r in m.of(path.name).itertuples()}
+    planned = zip(plan.itertuples(), there.prompt)
+    tried = [_attempt(src, row, text, held.get(row.key)) or (0, 0) for row, text in planned]
+    p = there.assign(attempts=[k for k, _ in tried], seed=[seed for _, seed in tried],
+                     truncated=[m.cut.get(text) for text in there.prompt],
+                     **{c: _of_batches(src, held, plan.key.tolist(), c) for c in ('device', 'libraries')})
+    known = (p.attempts > 0) & p[['truncated', 'device', 'libraries']].notna().all(axis=1)
+    return plan, p.assign(known=known)
+
+def rows_of_shard(src: Source,       # the source
+                  shard: int,        # its number
+                  path,              # its file
+                  m: ManifestRows    # the manifest
+                 ) -> pd.DataFrame:  # None where the shard is damaged or not of this plan
+    "The rows that a shard must have; a value that nothing decides is None."
+    if m.state(path): return None
+    found = known_of_shard(src, shard, path, m)
+    if found is None: return None
+    plan, p = found
+    if (unknown := p.attempts == 0).any():
+        p = p.assign(**{c: p[c].astype(object).mask(unknown, None) for c in ('attempts', 'seed')})
+    return _manifest_rows(src, path, plan, p)
+
+# %% ../nbs/04_generate.ipynb #2adc2af7
+def rows_differ(held: pd.DataFrame,    # rows that are there
+                want: pd.DataFrame     # rows that must be there
+               ) -> str:
+    "In what rows differ from what they must be: '' for nothing."
+    if list(held.columns) != list(want.columns): return 'other columns'
+    if len(held) != len(want): return f'{len(held)} rows for {len(want)} images'
+    for c in want:
+        a, b = held[c].tolist(), want[c].tolist()
+        bad = [i for i in range(len(a)) if type(a[i]) is not type(b[i]) or a[i] != b[i]]
+        if bad: return f'{c} of {want.key.iloc[bad[0]]}'+(f' and {len(bad)-1} more' if len(bad) > 1 else '')
+    return ''
+
+def shard_is_whole(src: Source,   # the source
+                   shard: int     # its number
+                  ) -> bool:
+    "Whether a shard and its rows are there and agree with plan, recipe and hash."
+    try:
+        t = pd.read_parquet(src.table(shard))
+        if t.key.tolist() != src.keys(shard): return False
+        want = rows_of_shard(src, shard, src.file(shard), ManifestRows(t))
+    except Exception:
+        return False
+    return want is not None and not rows_differ(t, want)
 
 # %% ../nbs/04_generate.ipynb #23e17e18
 def _flat(d):
@@ -343,35 +476,54 @@ def set_is_made(src: Source    # the source
     if src.folder.exists() or recipe_differs(src) != []: return False
     try:
         m = read_manifest(src.out)
-    except StudyError:
+        rows = ManifestRows(m)
+        return _in_order(src, m) and not any(_wrong_rows(src, s, rows) for s in src.shards)
+    except Exception:                 # damaged in a way that nobody has thought of
         return False
-    if len(m) != src.n: return False
-    shards = m.groupby('shard').shard_sha256.first()
-    return all((src.out/f).exists() and known_sha256(src.out/f) == sha for f, sha in shards.items())
+
+def _in_order(src, m):
+    "Whether the shards of a manifest are those of the source, in their order."
+    return m.shard.tolist() == [src.file(s).name for s in src.shards for _ in range(src.size(s))]
+
+def _wrong_rows(src, shard, m):
+    "What is wrong with a shard of sets/NAME or its rows in the manifest: '' for nothing."
+    path = src.out/src.file(shard).name
+    if state := m.state(path): return state
+    want = rows_of_shard(src, shard, path, m)
+    if want is None: return 'holds other images than the plan'
+    wrong = rows_differ(m.of(path.name), want)
+    return wrong and f'manifest: {wrong}'
 
 # %% ../nbs/04_generate.ipynb #2f2bd89e
-def _image_of(sample):
-    "The encoded image of a shard's sample."
-    return next(v for e, v in sample.items() if e not in ('cls', 'txt'))
-
 def _recover_parts(src, shard, file, table):
     """Take the batches that `file` already holds, so that they need not be generated again: a shard of this recipe with
-    more or fewer images than are wanted now; `table`: its manifest rows, or their file."""
+    more or fewer images than are wanted now, or with rows that are not all known; `table`: `ManifestRows`, or their
+    file."""
     try:
-        t = pd.read_parquet(table) if not isinstance(table, pd.DataFrame) else table
+        m = table if isinstance(table, ManifestRows) else ManifestRows(pd.read_parquet(table))
+        found = None if m.state(file) else known_of_shard(src, shard, file, m)
     except Exception:
         return
-    if not Path(file).exists() or known_sha256(file) != t.shard_sha256.iloc[0]: return
-    held, rows, images = t.set_index('key'), src.rows(shard), None
+    if found is None: return
+    held, rows, images = found[1].set_index('key'), src.rows(shard), None
+    held = held[held.known]
     for i, path in src.parts(shard).items():
         keys = rows.key[i:i+src.batch_size]
         if path.exists() or not set(keys) <= set(held.index): continue
         if images is None:
             images = {k: _image_of(s) for k, s in tar_samples(file)}
         h, columns = held.loc[keys], ('prompt', 'seed', 'attempts', 'truncated', 'device', 'libraries')
-        part = dict(key=keys.to_numpy(), image=[images[k] for k in keys]) | {k: h[k].to_numpy() for k in columns}
+        part = dict(key=keys.to_numpy(), image=[images[k] for k in keys]) | {k: h[k].tolist() for k in columns}
         with atomic_file(path) as f:
             pd.DataFrame(part).to_parquet(f, index=False)
+
+def _check_promises(src, sampler, generated):
+    "The first batch of a recipe on this device is drawn once more, and two of its images alone; noted in build/."
+    note = src.checked(sampler.device)
+    if note.exists(): return
+    images, prompts, seeds, _ = generated
+    check_repeats(sampler, prompts, seeds, images)
+    write_atomic(note, json.dumps(dict(device=sampler.device, libraries=libraries()))+'\n')
 
 def _generate_parts(src, shard, rows, sampler, on_progress):
     "Generate the batches of a shard that are not there; one is encoded and written while the next one is generated."
@@ -382,6 +534,7 @@ def _generate_parts(src, shard, rows, sampler, on_progress):
             if read_part(path, batch.key) is None:
                 p = sampler()
                 generated = sample_batch(p, batch, src.retry)
+                _check_promises(src, p, generated)
                 if writing:
                     writing.result()                 # at most one batch waits for the disk
                 cut = p.truncated(generated[1])
@@ -391,6 +544,15 @@ def _generate_parts(src, shard, rows, sampler, on_progress):
             writing.result()
 
 # %% ../nbs/04_generate.ipynb #391ca0d8
+def _made_by_others(src, shard):
+    "Whether another run has made the set in the meantime, and this shard of it is whole."
+    if src.folder.exists() or recipe_differs(src) != []: return False
+    try:
+        m = read_manifest(src.out)
+        return _in_order(src, m) and not _wrong_rows(src, shard, ManifestRows(m))
+    except Exception:
+        return False
+
 class ShardLocked(StudyError):
     "Another run is generating this shard."
 
@@ -408,7 +570,7 @@ def generate_shard(src: Source,                      # the source
         message = f"shard {shard} of source {src.name!r} is being generated by another run (lock {lock.lock_file})"
         raise ShardLocked(message) from None
     try:
-        if shard_is_whole(src, shard) or set_is_made(src): return on_progress(src.size(shard))
+        if shard_is_whole(src, shard) or _made_by_others(src, shard): return on_progress(src.size(shard))
         rows = src.rows(shard)
         for f in src.folder.glob(f'{shard:06d}/.*.tmp'):
             f.unlink()                               # what a killed run was writing
@@ -424,10 +586,12 @@ def _check_same(src):
     "An image of this recipe that is already in sets/NAME must come out as it was; else its shard is removed and named."
     if recipe_differs(src) != []: return
     try:
-        before = read_manifest(src.out).set_index('key').sha256
+        before = read_manifest(src.out).drop_duplicates('key').set_index('key').sha256
     except StudyError:
         return
     for s in src.shards:
+        held = src.out/src.file(s).name
+        if held.exists() and known_sha256(held) == known_sha256(src.file(s)): continue     # taken as it was
         t = pd.read_parquet(src.table(s)).set_index('key').sha256
         both = t.index.intersection(before.index)
         n_other = int((t[both] != before[both]).sum())
@@ -465,21 +629,19 @@ def assemble(src: Source          # the source, all of its shards whole
         return m
 
 # %% ../nbs/04_generate.ipynb #b204a330
-def _as_planned(src, shard, rows):
-    "Whether manifest rows follow the plan of a shard; an image that was flagged may have another prompt and seed."
-    plan = src.rows(shard).merge(rows[['key', 'seed', 'attempts', 'prompt']], on='key', suffixes=('', '_held'))
-    same = (plan.prompt == plan.prompt_held) & (plan.seed == plan.seed_held)
-    return (same | (plan.attempts > 1)).all()
-
-def _adopt_shard(src, shard, held, rows):
-    "Take a shard of the set, `held` with its manifest rows, as it is; if its length has changed, take its batches."
-    if shard_is_whole(src, shard) or not held.exists() or known_sha256(held) != rows.shard_sha256.iloc[0]: return
-    if rows.key.tolist() == src.keys(shard) and held.name == src.file(shard).name:
+def _adopt_shard(src, shard, held, m):
+    """Take a shard of the set, `held`, with the rows that it must have, whatever its rows in the manifest are; if its
+    length has changed, or not all of its rows are known, take its batches."""
+    if shard_is_whole(src, shard) or m.state(held): return
+    found = known_of_shard(src, shard, held, m)
+    if found is None: return
+    plan, p = found
+    if p.known.all() and len(p) == src.size(shard):
         link_or_copy(held, src.file(shard))
         with atomic_file(src.table(shard)) as f:
-            rows.reset_index(drop=True).to_parquet(f, index=False)
+            _manifest_rows(src, held, plan, p).to_parquet(f, index=False)
     else:
-        _recover_parts(src, shard, held, rows)
+        _recover_parts(src, shard, held, m)
 
 def reuse_existing(src: Source,  # the source
                    shards: list  # numbers
@@ -490,37 +652,52 @@ def reuse_existing(src: Source,  # the source
         m = read_manifest(src.out)
     except StudyError:                # the manifest is damaged, so nothing else can be trusted
         return
-    for shard, (file, rows) in enumerate(m.groupby('shard', sort=False)):
-        if shard not in shards or not _as_planned(src, shard, rows): continue
+    rows = ManifestRows(m)
+    for shard in shards:
         try:
             lock = src.lock(shard).acquire(timeout=0)
         except Timeout:               # another run generates it
             continue
         with lock:
-            _adopt_shard(src, shard, src.out/file, rows)
+            _adopt_shard(src, shard, src.out/src.file(shard).name, rows)
 
 # %% ../nbs/04_generate.ipynb #4e8a8e06
-def _problem(path, sha256):
-    "What is wrong with a shard of a set: '' if nothing is."
-    if not path.exists(): return 'missing'
-    return '' if file_sha256(path) == sha256 else 'truncated or altered'
+def _damage(src, m, shard, file, differs):
+    "What is wrong with a shard that the manifest or the folder has: '' for nothing; rows of another recipe may be any."
+    if differs: return m.state(src.out/file)
+    if shard is None: return 'manifest: no shard of this source'
+    try:
+        return _wrong_rows(src, shard, m)
+    except Exception as e:
+        return f'manifest: {type(e).__name__}: {e}'[:200]
+
+def _order(m, files):
+    "What is wrong with the order of the shards in a manifest: '' for nothing."
+    place = {file: i for i, file in enumerate(files)}
+    return '' if m.shard.astype(str).map(place).is_monotonic_increasing else 'manifest: rows in another order'
 
 def verify_source(study: Study,   # the study
                   name: str       # under generate.sources
                  ) -> pd.DataFrame:    # shard, images, problem ('' if none), asked: keys in which params.yaml differs
-    "Look at every shard of a generated set."
+    "Look at every shard of a generated set, and at every row of its manifest."
     src = Source(study, name)
     def not_generated(shards):
         return [dict(shard=src.file(s).name, images=src.size(s), problem='not generated', asked='') for s in shards]
     differs = recipe_differs(src)
     if differs is None: return pd.DataFrame(not_generated(src.shards))
-    found = []
-    for s, (file, rows) in enumerate(read_manifest(src.out).groupby('shard', sort=False)):
+    try:
+        m = read_manifest(src.out)
+    except StudyError:
+        return pd.DataFrame(not_generated(src.shards)).assign(problem='manifest: missing or not readable')
+    found, rows = [], ManifestRows(m)
+    files = sorted({*m.shard.astype(str), *(f.name for f in src.out.glob(f'{name}-*.tar*'))})
+    number = {src.file(s).name: s for s in range(len(files)+len(src.shards))}
+    for file in files:
+        n, s, problem = len(rows.of(file)), number.get(file), _damage(src, rows, number.get(file), file, differs)
         asked = ', '.join(differs[:8])
-        if not differs and (s not in src.shards or rows.key.tolist() != src.keys(s)):
+        if not differs and not problem and (s not in src.shards or n != src.size(s)):
             asked = 'n_images'
-        problem = _problem(src.out/file, rows.shard_sha256.iloc[0])
-        found.append(dict(shard=file, images=len(rows), problem=problem, asked=asked))
+        found.append(dict(shard=file, images=n, problem=problem or (not found and _order(m, files)) or '', asked=asked))
     if not differs:
-        found += not_generated(src.shards[len(found):])
+        found += not_generated([s for s in src.shards if src.file(s).name not in files])
     return pd.DataFrame(found)

@@ -18,7 +18,7 @@ __all__ = ['FAMILIES', 'GROUP', 'KEEP', 'ROUNDING', 'first_line', 'read_json', '
            'family_table', 'SamplingSettings', 'sampling_settings', 'encode_prompts', 'prompts_cut', 'PromptEncoder',
            'as_bytes', 'flagged', 'fit_images', 'Sampler', 'check_repeats']
 
-# %% ../nbs/01b_pipelines.ipynb #b536c005
+# %% ../nbs/01b_pipelines.ipynb #f236322d
 def first_line(e    # an exception
               ) -> str:
     "What is reported of another library's error: its type, and the first line of its message where it has one."
@@ -363,7 +363,7 @@ def _pick_scheduler(folder, name, asked):
         _check_trained(known, config, asked)
     return asked
 
-# %% ../nbs/01b_pipelines.ipynb #585a4a95
+# %% ../nbs/01b_pipelines.ipynb #c94f4d3d
 # The settings of a scheduler that say how the model was trained. diffusers leaves out those that another class lacks.
 _TRAINED = ('prediction_type', 'num_train_timesteps', 'beta_schedule', 'beta_start', 'beta_end', 'trained_betas',
             'rescale_betas_zero_snr', 'shift', 'use_dynamic_shifting')
@@ -404,10 +404,11 @@ def _pick_upscale(folder, family, asked):
     given = {k: v for k, v in asked.model_dump().items() if v is not None} if asked else {}
     noising = up/'image_noising_scheduler'/'scheduler_config.json'
     most = read_json(noising).get('num_train_timesteps') if noising.exists() else None
-    if isinstance(most, int) and not (usual | given)['noise_level'] < most:
-        raise StudyError.at('upscale.noise_level', given['noise_level'], f'less than {most}, the steps of its scheduler')
-    _check_steps(up, (usual | given)['steps'])
-    return usual | given
+    what = usual | given
+    if isinstance(most, int) and not what['noise_level'] < most:
+        raise StudyError.at('upscale.noise_level', what['noise_level'], f'less than {most}, the steps of its scheduler')
+    _check_steps(up, what['steps'])
+    return what
 
 # %% ../nbs/01b_pipelines.ipynb #e1f87ddd
 def sampling_settings(folder,    # of the pipeline
@@ -727,7 +728,7 @@ class Sampler(PromptEncoder):
         finite &= self._decoder_finite
         return images[:n], flagged(out, self.batch_size)[:n], finite[:n]
 
-# %% ../nbs/01b_pipelines.ipynb #a8d4d425
+# %% ../nbs/01b_pipelines.ipynb #371cf348
 ROUNDING = dict(float32=1, float16=4, bfloat16=16)    # grey levels of 255 by which an image drawn again may differ
 
 def check_repeats(sampler,         # a Sampler
@@ -747,5 +748,5 @@ def check_repeats(sampler,         # a Sampler
         if levels <= most: continue
         raise FatalError(f"{what} differs by {levels} grey levels from what it was, expected at most {most} in "
                          f"{how.dtype}: with {how.pipeline} and {how.scheduler} an image does not depend on its prompt "
-                         "and seed alone. The scheduler takes its noise from elsewhere than the generators, or an image "
-                         "depends on its neighbours; another scheduler may do. Nothing was stored")
+                         "and seed alone. The scheduler takes its noise from elsewhere than the generators, or an "
+                         "image depends on its neighbours; another scheduler may do. Nothing was stored")

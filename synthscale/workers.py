@@ -12,7 +12,7 @@ import pandas as pd
 from joblib import cpu_count
 from tqdm import tqdm
 from .generate import (ShardLocked, Source, assemble, generate_shard, images_there, recipe_differs,
-                                 reuse_existing, sample_batch, shard_is_whole, verify_source)
+                                 reuse_existing, sample_batch, set_is_made, shard_is_whole, verify_source)
 from .pipelines import Sampler, fit_images
 from .shards import encode_image, encode_png, sample_grid
 from .study import FatalError, Study, StudyError, write_atomic
@@ -210,6 +210,7 @@ def generate_shards(src: Source,          # the source
                    ):
     "Generate the shards of a source that are not there yet; after that, the first error is raised as a `StudyError`."
     shards = list(src.shards) if shards is None else shards
+    if set_is_made(src): return
     if not address and workers != 1:
         address = os.environ.get('RAY_ADDRESS', '')
     if differs := recipe_differs(src):
