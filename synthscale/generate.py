@@ -171,7 +171,7 @@ class _Layout:
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path)
 
-# %% ../nbs/04_generate.ipynb #8938acaa
+# %% ../nbs/04_generate.ipynb #9b271c5a
 def check_model(study: Study,   # the study
                 name: str       # under models
                ):
@@ -179,6 +179,7 @@ def check_model(study: Study,   # the study
     folder, note = study.path('models', name), study.path('runs', 'models', f'{name}.json')
     if not note.exists(): return
     noted = read_json(note, 'files')['files']
+    if not isinstance(noted, dict): raise StudyError(f"{note}: files is no table of hashes; 'dvc repro models@{name}'")
     there = {f.relative_to(folder).as_posix(): f for f in folder.rglob('*') if f.is_file()}
     for file in sorted({*noted, *there}):
         if file in there and noted.get(file) == known_sha256(there[file]): continue
@@ -328,7 +329,7 @@ def finish_shard(src: Source,         # the source
         table.to_parquet(f, index=False)
     shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/04_generate.ipynb #ec46cbe7
+# %% ../nbs/04_generate.ipynb #78eebcd3
 class ManifestRows:
     "Rows of a manifest, as they are compared: those of each shard, and what the rows of a prompt agree upon."
     def __init__(self,
@@ -359,7 +360,7 @@ def _agreed(values):
     found = set(values)
     return found.pop() if len(found) == 1 else None
 
-# %% ../nbs/04_generate.ipynb #87a66669
+# %% ../nbs/04_generate.ipynb #83e4226a
 @functools.lru_cache(maxsize=64)
 def _samples(path, size, mtime, inode):
     "What a shard holds, in the state that the other arguments identify: key, class, text and hash of each image."
@@ -390,7 +391,7 @@ def _of_batches(src, held, keys, column):
         every += [_agreed(some)]*len(batch)
     return every
 
-# %% ../nbs/04_generate.ipynb #30304a39
+# %% ../nbs/04_generate.ipynb #b2857aac
 def known_of_shard(src: Source,       # the source
                    shard: int,        # its number
                    path,              # its file, whose hash is in the manifest
@@ -425,7 +426,7 @@ def rows_of_shard(src: Source,       # the source
         p = p.assign(**{c: p[c].astype(object).mask(unknown, None) for c in ('attempts', 'seed')})
     return _manifest_rows(src, path, plan, p)
 
-# %% ../nbs/04_generate.ipynb #2adc2af7
+# %% ../nbs/04_generate.ipynb #f0032183
 def rows_differ(held: pd.DataFrame,    # rows that are there
                 want: pd.DataFrame     # rows that must be there
                ) -> str:

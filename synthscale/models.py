@@ -5,20 +5,21 @@
 # %% ../nbs/02_models.ipynb #11e03a90
 from __future__ import annotations
 import hashlib, json, os, shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal, Union
 import numpy as np
 import pandas as pd
 from pydantic import Field
 from safetensors import safe_open
-from .pipelines import check_folder, folder_sha256, pipeline_class
+from .pipelines import check_folder, first_line, folder_sha256, pipeline_class, read_json
 from .shards import load_set, read_manifest, replace_folder
 from .study import (Ident, Key, Positive, Rate, Section, Study, StudyError, link_or_copy, made_before,
                               nearest, note_made, write_atomic)
 
 # %% auto #0
 __all__ = ['ModelsSection', 'ENGINE', 'VaeSpec', 'TextSpec', 'UnetSpec', 'T5Spec', 'VqSpec', 'TransformerSpec', 'MiniSDSpec',
-           'MiniIFSpec', 'MiniMuseSpec', 'HubFiles', 'HubSpec', 'LocalSpec', 'wanted_files', 'fetch',
+           'MiniIFSpec', 'MiniMuseSpec', 'HubFiles', 'HubSpec', 'LocalSpec', 'wanted_files', 'fetch', 'check_links',
            'training_threads', 'model_key', 'kept_whole', 'link_tree', 'materialize', 'build_model', 'model_parts',
            'model_card']
 
@@ -174,15 +175,33 @@ def fetch(files: HubFiles,   # repository and commit
     token = os.environ.get('HF_TOKEN') or False
     common = dict(revision=files.revision, local_dir=str(folder), token=token)
     try:
-        index = json.loads(Path(hf_hub_download(files.repo, 'model_index.json', **common)).read_text())
+        index = read_json(hf_hub_download(files.repo, 'model_index.json', **common))
         allow, leave = wanted_files(index, files.variant)
         snapshot_download(files.repo, allow_patterns=allow, ignore_patterns=leave, max_workers=4, **common)
     except Exception as e:
-        reason = f'{type(e).__name__}: {str(e).strip().splitlines()[0][:300]}'
         hint = '; a model behind a licence needs its terms accepted on the hub and HF_TOKEN in the environment'
         raise StudyError(f"{files.repo}@{files.revision[:12]}: cannot be fetched from the hub: "
-                         f"{reason}{'' if token else hint}") from None
+                         f"{first_line(e)}{'' if token else hint}") from None
     shutil.rmtree(Path(folder)/'.cache', ignore_errors=True)                   # the downloader's notes
+
+# %% ../nbs/02_models.ipynb #358e1e1e
+def check_links(folder    # of a pipeline, as somebody saved it
+               ):
+    "Whether a folder holds files and folders only, and links to its own files; raises `StudyError` that names another."
+    folder = Path(folder)
+    for f in sorted(folder.rglob('*')):
+        if not f.is_symlink():
+            if f.is_file() or f.is_dir(): continue
+            raise StudyError(f"{f}: neither a file nor a folder; a model's folder has nothing else")
+        try:
+            to = f.resolve(strict=True)
+        except (OSError, RuntimeError):
+            raise StudyError(f"{f}: a link to {os.readlink(f)}, which is not there or leads back to itself") from None
+        if not to.is_relative_to(folder.resolve()):
+            raise StudyError(f"{f}: a link to {to}, out of the model's folder: what is there would be copied and "
+                             "pushed; put a copy in its place (cp -L)")
+        if not to.is_file():
+            raise StudyError(f"{f}: a link to the folder {to}: expected the folder itself (cp -rL)")
 
 # %% ../nbs/02_models.ipynb #43ff262a
 ENGINE = 1       # of the training of the mini models: raise it when a change of `mini_models` or `loop` changes weights
@@ -204,6 +223,7 @@ def model_key(study: Study,        # the study
         about |= dict(engine=ENGINE, threads=training_threads(), seed=study.seed('model', name),
                       images=m.sha256.tolist(), captions=m.caption.tolist())
     elif spec.type == 'local':
+        check_links(study.path(spec.input))
         upscaler = folder_sha256(study.path(spec.upscaler)) if spec.upscaler else ''
         about |= dict(files=folder_sha256(study.path(spec.input)), upscaler=upscaler)
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
@@ -233,12 +253,18 @@ def _copy_local(study: Study,     # the study
                 out               # filled
                ):
     "Copy a pipeline, and the upscaler inside its folder if it has one, without pickles and code."
-    check_folder(study.path(spec.input))
-    inside = [Path(spec.upscaler).relative_to(spec.input).parts[0]] if spec.upscaler else []
-    shutil.copytree(study.path(spec.input), out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_UNSAFE, *inside))
-    if spec.upscaler:
-        shutil.copytree(study.path(spec.upscaler), Path(out)/'upscaler', dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns(*_UNSAFE))
+    folder, second = study.path(spec.input), study.path(spec.upscaler) if spec.upscaler else None
+    check_links(folder)
+    check_folder(folder)
+    def ignore(place, names):
+        unsafe = {n for n in names if any(fnmatch(n.lower(), pattern) for pattern in _UNSAFE)}
+        return unsafe | {n for n in names if second and Path(place)/n == second}
+    try:
+        shutil.copytree(folder, out, dirs_exist_ok=True, ignore=ignore)
+        if second:
+            shutil.copytree(second, Path(out)/'upscaler', dirs_exist_ok=True, ignore=ignore)
+    except shutil.Error as e:
+        raise StudyError(f"{folder}: cannot be copied: {first_line(e)}") from None
 
 def _write_origin(folder,      # of a pipeline
                   type_: str,  # of the model
@@ -325,7 +351,7 @@ def model_card(study: Study,           # the study
     "Reconstruction error and loss of a model on the splits of its set."
     spec, folder = study.models[name], study.path('models', name)
     if not spec.type.startswith('mini_'):
-        origin = json.loads((folder/'origin.json').read_text())
+        origin = read_json(folder/'origin.json')
         return pd.DataFrame([dict(model=name, pipeline=pipeline_class(folder)[0].__name__, **origin)])
     from synthscale.mini_models import card
     every, rows = load_set(study.path(spec.input)), []

@@ -4,7 +4,7 @@
 
 # %% ../nbs/04b_workers.ipynb #78c19265
 from __future__ import annotations
-import functools, os, sys, threading, time
+import functools, ipaddress, os, secrets, sys, threading, time
 from collections import deque
 from contextlib import contextmanager
 import numpy as np
@@ -13,13 +13,13 @@ from joblib import cpu_count
 from tqdm import tqdm
 from .generate import (ShardLocked, Source, assemble, generate_shard, images_there, recipe_differs,
                                  reuse_existing, sample_batch, set_is_made, shard_is_whole, verify_source)
-from .pipelines import Sampler, fit_images
+from .pipelines import Sampler, first_line, fit_images
 from .shards import encode_image, encode_png, sample_grid
 from .study import FatalError, Study, StudyError, write_atomic
 
 # %% auto #0
-__all__ = ['usable_workers', 'shard_range', 'generate_here', 'Worker', 'generate_on_ray', 'generate_shards', 'generate_source',
-           'repair_source', 'price_source']
+__all__ = ['usable_workers', 'shard_range', 'generate_here', 'Worker', 'open_ports', 'generate_on_ray', 'generate_shards',
+           'generate_source', 'repair_source', 'price_source']
 
 # %% ../nbs/04b_workers.ipynb #807d05da
 def usable_workers(wanted: int,          # 0: as many as there are GPUs, or cores
@@ -136,6 +136,43 @@ def _following(bar, src, shards):
         watcher.join()
     refresh()
 
+@functools.cache
+def _private():
+    "What Ray reads from the environment so that a Ray of our own is nobody else's: the loopback, and a token."
+    return {'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER': '0',       # Ray then takes the loopback for the machine's address
+            'RAY_AUTH_MODE': 'token', 'RAY_AUTH_TOKEN': secrets.token_hex(32)}
+
+@contextmanager
+def _environment(values):
+    "Environment variables for the time of a block."
+    before = {k: os.environ.get(k) for k in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for k, v in before.items():
+            if v is None:
+                os.environ.pop(k, None)
+            else:
+                os.environ[k] = v
+
+def open_ports() -> list:    # of 'ADDRESS:PORT'
+    "Where this process and all that it started listen, other than on the loopback."
+    import psutil
+    found = []
+    for p in (me := psutil.Process(), *me.children(recursive=True)):
+        try:
+            listening = [c.laddr for c in p.net_connections('inet') if c.status == psutil.CONN_LISTEN]
+        except psutil.Error:                       # it has ended
+            continue
+        found += [f'{a.ip}:{a.port}' for a in listening if not ipaddress.ip_address(_v4(a.ip)).is_loopback]
+    return found
+
+def _v4(ip):
+    "An address without the prefix by which IPv6 has those of IPv4, and without its interface."
+    return ip.removeprefix('::ffff:').partition('%')[0]
+
+# %% ../nbs/04b_workers.ipynb #138aecaa
 def _start_ray(workers, address):
     "Connect to the Ray cluster at an address, or start Ray on this machine; returns the module."
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
@@ -146,11 +183,17 @@ def _start_ray(workers, address):
         raise StudyError(message) from None
     alone = dict(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level='ERROR',
                  object_store_memory=80*2**20)
+    before = set(open_ports())
     try:
         ray.init(address=address or 'local', **({} if address else alone))
     except Exception as e:
-        where, why = f'at {address!r}' if address else 'on this machine', str(e).strip().splitlines()[0][:300]
-        raise StudyError(f"Ray {where} does not start: {type(e).__name__}: {why}") from None
+        where = f'at {address!r}' if address else 'on this machine'
+        raise StudyError(f"Ray {where} does not start: {first_line(e)}") from None
+    if not address and (others := sorted(set(open_ports())-before)):
+        ray.shutdown()
+        raise StudyError(f"Ray listens on {', '.join(others[:4])}, which other machines may reach, though it was to "
+                         "listen on the loopback alone (it was imported before synthscale set that, or this version "
+                         "cannot): set workers to 1, or start Ray yourself and give its address")
     return ray
 
 # %% ../nbs/04b_workers.ipynb #8e048d37
@@ -168,7 +211,7 @@ def _results(ray, pool, shards, actors):
         try:
             error, hopeless, s = pool.get_next_unordered()
         except ray.exceptions.RayError as e:
-            why = str(e).strip().splitlines()[-1][:300]
+            why = (str(e).strip().splitlines() or [type(e).__name__])[-1][:300]
             error, hopeless, s = f'a worker died and could not be replaced: {why}', False, None
         in_flight -= 1
         if error == 'busy':
@@ -185,6 +228,11 @@ def generate_on_ray(src: Source,   # the source
                    ) -> list:      # errors
     "Generate shards on Ray workers; a worker that dies is restarted, at most three times per shard."
     if not shards: return []
+    with _environment({} if address else _private()):
+        return _generate_on_ray(src, shards, workers, address, bar)
+
+def _generate_on_ray(src, shards, workers, address, bar):
+    "The same, in the environment that Ray is to see."
     ray = _start_ray(workers, address)
     from ray.util import ActorPool
     try:

@@ -250,6 +250,108 @@ def test_a_set_of_another_recipe_is_not_taken_for_damaged(study, capsys):
     assert 'is generated again; what differs: sampling.guidance_scale' in capsys.readouterr().err
     assert read_manifest(other.set_dir(NAME)).guidance_scale.eq(4).all()
 
+def swap(m, column):
+    "Two values of a column exchanged."
+    v = m[column].tolist()
+    v[0], v[1] = v[1], v[0]
+    return m.assign(**{column: v})
+
+def put(column, value, rows=slice(0, 1)):
+    "A damage that sets some values of a column."
+    def damage(m):
+        v = m[column].astype(object)
+        v[rows] = value
+        return m.assign(**{column: v.infer_objects()})
+    return damage
+
+# what plan, recipe and shard decide: mended without an image being generated
+DECIDED = {
+    'labels swapped': lambda m: swap(m, 'label'), 'classes swapped': lambda m: swap(m, 'class'),
+    'labels and classes swapped': lambda m: swap(swap(m, 'label'), 'class'), 'label 99': put('label', 99),
+    'label of a float': lambda m: m.assign(label=m.label.astype(float)), 'guidance': put('guidance_scale', 7.5, slice(0, 140)),
+    'guidance of one': put('guidance_scale', 7.5), 'steps': put('steps', 99), 'scheduler': put('scheduler', 'X'),
+    'model': put('model', 'mini_if'), 'model_sha256': put('model_sha256', '0'*64), 'revision': put('revision', 'main'),
+    'caption': put('caption', 'a one'), 'prompt': put('prompt', 'a one'), 'prompts swapped': lambda m: swap(m, 'prompt'),
+    'seed': put('seed', 1), 'attempts': put('attempts', 2), 'split': put('split', 'test'), 'key': put('key', 'train-9999999'),
+    'image hashes swapped': lambda m: swap(m, 'sha256'), 'an image hash': put('sha256', '0'*64),
+    'a shard hash': put('shard_sha256', '0'*64), 'shard of a row': put('shard', 'names_g2-000001.tar.gz'),
+    'shard that is not': put('shard', 'x.tar.gz'), 'a row dropped': lambda m: m.drop(5), 'the last row': lambda m: m[:-1],
+    'rows reversed': lambda m: m[::-1], 'two rows exchanged': lambda m: m.iloc[[1, 0, *range(2, 140)]],
+    'shards exchanged': lambda m: pd.concat([m[30:60], m[:30], m[60:]]), 'a row twice': lambda m: pd.concat([m[:1], m]),
+    'another column': lambda m: m.assign(note='x'), 'columns exchanged': lambda m: m[m.columns[::-1]],
+    'half of a shard dropped': lambda m: m.drop(range(12, 24)), 'device of a row missing': put('device', None)}
+# what only the rows say: its batch is generated again
+UNDECIDED = {
+    'device of a row': put('device', 'other'), 'libraries of a row': put('libraries', 'torch 1'),
+    'cut of a row': put('truncated', True), 'a column dropped': lambda m: m.drop(columns='label'),
+    'every shard hash': put('shard_sha256', '0'*64, slice(0, 140)), 'no row': lambda m: m[:0],
+    'a shard dropped': lambda m: m[30:]}
+
+@pytest.mark.parametrize('decided', [True, False])
+def test_a_manifest_that_is_not_what_plan_recipe_and_shards_say_is_named_and_mended(study, monkeypatch, decided):
+    "F1: verify names it, the stage mends it to the same bytes, and draws nothing that need not be drawn."
+    generate_source(study, NAME, workers=1)
+    file = study.set_dir(NAME)/'manifest.parquet'
+    m, generated = pd.read_parquet(file), watched(monkeypatch)
+    for what, damage in (DECIDED if decided else UNDECIDED).items():
+        file.unlink()
+        damage(m.copy()).to_parquet(file, index=False)
+        found = verify_source(study, NAME)
+        assert found.problem.ne('').any(), what
+        assert found.asked.eq('').all() or decided is False, what
+        generated.clear()
+        generate_source(study, NAME, workers=1)
+        assert files(study) == study.whole, what
+        assert not (decided and what != 'device of a row missing' and generated), (what, generated)
+        assert len(generated) <= 140 and verify_source(study, NAME).problem.eq('').all(), what
+
+def test_verify_names_column_and_image_and_repair_mends(study, capsys):
+    generate_source(study, NAME, workers=1)
+    file = study.set_dir(NAME)/'manifest.parquet'
+    swap(pd.read_parquet(file), 'label').to_parquet(file, index=False)
+    assert main(['verify', NAME, '--study', str(study.dir)]) == 1
+    assert 'manifest: label of train-0000000 and 1 more' in capsys.readouterr().out
+    assert main(['verify', NAME, '--repair', '--workers', '1', '--study', str(study.dir)]) == 0
+    assert files(study) == study.whole
+    file.unlink()
+    file.write_bytes(b'')
+    assert main(['verify', NAME, '--study', str(study.dir)]) == 1
+    assert 'manifest: missing or not readable' in capsys.readouterr().out
+
+def test_rows_of_a_finished_shard_that_is_no_set_yet_are_compared_too(study, monkeypatch):
+    src = Source(study, NAME)
+    generate_shards(src, [0], 1)
+    generated = watched(monkeypatch)
+    put('label', 99)(pd.read_parquet(src.table(0))).to_parquet(src.table(0), index=False)
+    assert not shard_is_whole(src, 0)
+    generate_source(study, NAME, workers=1)
+    assert files(study) == study.whole and not {k for k in generated if k < 'train-0000030'}
+
+def test_a_model_that_is_not_the_recorded_one_is_refused(study, monkeypatch):
+    "F9: by generate, generate-shards, verify and plan alike, before an image is generated."
+    folder, generated = study.path('models', 'mini_sd'), watched(monkeypatch)
+    weights = folder/'unet'/'diffusion_pytorch_model.safetensors'
+    good = weights.read_bytes()
+    def put_file(path, data):
+        path.unlink(missing_ok=True)
+        path.write_bytes(data)
+    flipped = good[:-9]+bytes([good[-9] ^ 1])+good[-8:]
+    config = folder/'scheduler'/'scheduler_config.json'
+    settings_ = config.read_bytes()
+    for path, bad, whole in ((weights, flipped, good), (config, settings_+b' ', settings_),
+                             (folder/'unet'/'more.json', b'{}', None)):
+        put_file(path, bad)
+        for command in (lambda: generate_source(study, NAME, workers=1), lambda: Source(study, NAME)):
+            with pytest.raises(StudyError, match=f'{path.name} is .*the one that was recorded'):
+                command()
+        assert main(['generate-shards', NAME, '--workers', '1', '--study', str(study.dir)]) != 0
+        path.unlink()
+        if whole is not None:
+            put_file(path, whole)
+    assert not generated
+    generate_source(study, NAME, workers=1)
+    assert files(study) == study.whole
+
 @pytest.mark.parametrize('moment', ['between the renames', 'after them'])
 def test_a_kill_while_the_set_is_put_in_place_loses_nothing(study, monkeypatch, moment):
     generate_source(change(study, n_images=70), NAME, workers=1)
@@ -391,6 +493,7 @@ def test_an_image_that_is_not_finite_is_named_by_its_seed(study):
     w[key] = torch.full_like(w[key], float('nan'))
     f.unlink()
     save_file(w, f, metadata={'format': 'pt'})
+    study.path('runs', 'models', 'mini_sd.json').unlink()            # nothing was noted of this model
     src = Source(study, NAME)
     with pytest.raises(StudyError, match='numbers that are not finite') as e:
         generate_source(study, NAME, workers=1)
