@@ -580,6 +580,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'synthscale.pipelines.SamplingSettings': ( 'pipelines.html#samplingsettings',
                                                                                  'synthscale/pipelines.py'),
                                       'synthscale.pipelines._amused_encode': ('pipelines.html#_amused_encode', 'synthscale/pipelines.py'),
+                                      'synthscale.pipelines._asked': ('pipelines.html#_asked', 'synthscale/pipelines.py'),
                                       'synthscale.pipelines._call_keywords': ('pipelines.html#_call_keywords', 'synthscale/pipelines.py'),
                                       'synthscale.pipelines._check_guidance': ('pipelines.html#_check_guidance', 'synthscale/pipelines.py'),
                                       'synthscale.pipelines._check_source': ('pipelines.html#_check_source', 'synthscale/pipelines.py'),

@@ -18,7 +18,7 @@ __all__ = ['FAMILIES', 'GROUP', 'KEEP', 'ROUNDING', 'first_line', 'read_json', '
            'family_table', 'SamplingSettings', 'sampling_settings', 'encode_prompts', 'prompts_cut', 'PromptEncoder',
            'as_bytes', 'flagged', 'fit_images', 'Sampler', 'check_repeats']
 
-# %% ../nbs/01b_pipelines.ipynb #f236322d
+# %% ../nbs/01b_pipelines.ipynb #e60733fa
 def first_line(e    # an exception
               ) -> str:
     "What is reported of another library's error: its type, and the first line of its message where it has one."
@@ -363,7 +363,7 @@ def _pick_scheduler(folder, name, asked):
         _check_trained(known, config, asked)
     return asked
 
-# %% ../nbs/01b_pipelines.ipynb #c94f4d3d
+# %% ../nbs/01b_pipelines.ipynb #ce32ece3
 # The settings of a scheduler that say how the model was trained. diffusers leaves out those that another class lacks.
 _TRAINED = ('prediction_type', 'num_train_timesteps', 'beta_schedule', 'beta_start', 'beta_end', 'trained_betas',
             'rescale_betas_zero_snr', 'shift', 'use_dynamic_shifting')
@@ -651,6 +651,16 @@ def _call_keywords(pipe, how, kw, generators):
         call['clean_caption'] = False
     return call
 
+# What other people's code raises where it does not support what it was asked for.
+_UNSUPPORTED = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
+                ValueError)
+
+def _asked(how):
+    "What a pipeline was asked for, where it cannot do it."
+    size = f", size {how.size}" if how.size else ''
+    return (f"{how.pipeline} cannot generate with scheduler {how.scheduler!r}, steps {how.steps}, "
+            f"guidance_scale {how.guidance_scale:g}{size}")
+
 def _enlarge(up, upscale, small, kw, generators):
     """The second stage of a cascade, applied to the first one's images. The generators continue from the first stage:
     with new ones of the same seeds, the second stage's noise would begin with the first's."""
@@ -697,12 +707,9 @@ class Sampler(PromptEncoder):
             size = out.images.shape[1:3] if arrays else out.images.shape[-2:]
             if self.up:
                 out = _enlarge(self.up, how.upscale, out.images, kw, generators)
-        except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
-                ValueError) as e:
+        except _UNSUPPORTED as e:
             if 'memory' in str(e).lower() or 'CUDA error' in str(e): raise
-            raise FatalError(f"{how.pipeline} cannot generate with scheduler {how.scheduler!r}, steps {how.steps}, "
-                             f"guidance_scale {how.guidance_scale:g}"+(f", size {how.size}" if how.size else '')
-                             + f": {first_line(e)}") from e
+            raise FatalError(f"{_asked(how)}: {first_line(e)}") from e
         if how.size and tuple(size) != (how.size, how.size):
             raise FatalError(f"size is {how.size}: {how.pipeline} generates {size[1]} x {size[0]} pixels instead")
         return out
@@ -728,7 +735,7 @@ class Sampler(PromptEncoder):
         finite &= self._decoder_finite
         return images[:n], flagged(out, self.batch_size)[:n], finite[:n]
 
-# %% ../nbs/01b_pipelines.ipynb #371cf348
+# %% ../nbs/01b_pipelines.ipynb #3a3a6a2a
 ROUNDING = dict(float32=1, float16=4, bfloat16=16)    # grey levels of 255 by which an image drawn again may differ
 
 def check_repeats(sampler,         # a Sampler

@@ -35,7 +35,7 @@ def _random_kwargs(kwargs):
     "Arguments of an architecture of which none names weights, under which weights would be used or ignored untracked."
     for k, v in kwargs.items():
         if k in _OUTPUT:
-            raise PydanticCustomError('output', f'{k} cannot be set here: the study sets what a network takes and gives')
+            raise PydanticCustomError('output', f'{k} cannot be set here: the study decides what goes in and out')
         named = k.startswith(('pretrained', 'hf_', 'checkpoint')) or k in _WEIGHTS or k.endswith('_weights')
         if named or isinstance(v, str) and ('/' in v or ':' in v or v.endswith(_FILES)):
             raise PydanticCustomError('weights', f'{k} names weights; {_NOT_YET}')
@@ -44,7 +44,7 @@ def _random_kwargs(kwargs):
 _Name = Annotated[str, Field(max_length=80), AfterValidator(_random_name), Field(pattern=r'^[A-Za-z0-9_+-]+$')]
 _Kwargs = Annotated[dict[str, Union[int, float, bool, str, list[int]]], AfterValidator(_random_kwargs)]
 
-# %% ../nbs/00f_recipes.ipynb #d0a9f77d
+# %% ../nbs/00f_recipes.ipynb #cad05828
 class Arch(Section):
     "A timm architecture with random weights; `kwargs` go to timm.create_model as they are."
     name: _Name                      # without a tag: timm's tag after a dot names pretrained weights
