@@ -18,7 +18,7 @@ __all__ = ['FAMILIES', 'GROUP', 'KEEP', 'ROUNDING', 'first_line', 'read_json', '
            'family_table', 'SamplingSettings', 'sampling_settings', 'encode_prompts', 'prompts_cut', 'PromptEncoder',
            'as_bytes', 'flagged', 'fit_images', 'Sampler', 'check_repeats']
 
-# %% ../nbs/01b_pipelines.ipynb #e60733fa
+# %% ../nbs/01b_pipelines.ipynb #f70950d8
 def first_line(e    # an exception
               ) -> str:
     "What is reported of another library's error: its type, and the first line of its message where it has one."
@@ -363,7 +363,7 @@ def _pick_scheduler(folder, name, asked):
         _check_trained(known, config, asked)
     return asked
 
-# %% ../nbs/01b_pipelines.ipynb #ce32ece3
+# %% ../nbs/01b_pipelines.ipynb #1f738102
 # The settings of a scheduler that say how the model was trained. diffusers leaves out those that another class lacks.
 _TRAINED = ('prediction_type', 'num_train_timesteps', 'beta_schedule', 'beta_start', 'beta_end', 'trained_betas',
             'rescale_betas_zero_snr', 'shift', 'use_dynamic_shifting')
@@ -651,6 +651,15 @@ def _call_keywords(pipe, how, kw, generators):
         call['clean_caption'] = False
     return call
 
+def _enlarge(up, upscale, small, kw, generators):
+    """The second stage of a cascade, applied to the first one's images. The generators continue from the first stage:
+    with new ones of the same seeds, the second stage's noise would begin with the first's."""
+    guided = upscale['guidance_scale'] > 1
+    kw = {k: v for k, v in kw.items() if guided or not k.startswith('negative_')}
+    return up(**kw, image=small, generator=generators, num_inference_steps=upscale['steps'], output_type='np',
+              guidance_scale=upscale['guidance_scale'], noise_level=upscale['noise_level'])
+
+# %% ../nbs/01b_pipelines.ipynb #062f182e
 # What other people's code raises where it does not support what it was asked for.
 _UNSUPPORTED = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
                 ValueError)
@@ -661,13 +670,21 @@ def _asked(how):
     return (f"{how.pipeline} cannot generate with scheduler {how.scheduler!r}, steps {how.steps}, "
             f"guidance_scale {how.guidance_scale:g}{size}")
 
-def _enlarge(up, upscale, small, kw, generators):
-    """The second stage of a cascade, applied to the first one's images. The generators continue from the first stage:
-    with new ones of the same seeds, the second stage's noise would begin with the first's."""
-    guided = upscale['guidance_scale'] > 1
-    kw = {k: v for k, v in kw.items() if guided or not k.startswith('negative_')}
-    return up(**kw, image=small, generator=generators, num_inference_steps=upscale['steps'], output_type='np',
-              guidance_scale=upscale['guidance_scale'], noise_level=upscale['noise_level'])
+def _run(sampler, call, kw, generators):
+    "What the pipeline returns, and its second stage if there is one; what it does not support is named."
+    arrays = type(sampler.pipe).__name__ == 'IFPipeline' and not sampler.up    # the checker of IF takes no tensors
+    how = sampler.how
+    try:
+        out = sampler.pipe(**call, output_type='np' if arrays else 'pt')
+        size = out.images.shape[1:3] if arrays else out.images.shape[-2:]
+        if sampler.up:
+            out = _enlarge(sampler.up, how.upscale, out.images, kw, generators)
+    except _UNSUPPORTED as e:
+        if 'memory' in str(e).lower() or 'CUDA error' in str(e): raise
+        raise FatalError(f"{_asked(how)}: {first_line(e)}") from e
+    if how.size and tuple(size) != (how.size, how.size):
+        raise FatalError(f"size is {how.size}: {how.pipeline} generates {size[1]} x {size[0]} pixels instead")
+    return out
 
 # %% ../nbs/01b_pipelines.ipynb #b4ccd87e
 class Sampler(PromptEncoder):
@@ -698,22 +715,6 @@ class Sampler(PromptEncoder):
         "Remember which rows of a pass the decoder returned finite."
         self._decoder_finite = finite
 
-    def _call(self, call, kw, generators):
-        "What the pipeline returns, and its second stage if there is one; what it does not support is named."
-        arrays = type(self.pipe).__name__ == 'IFPipeline' and not self.up    # the checker of IF takes no tensors
-        how = self.how
-        try:
-            out = self.pipe(**call, output_type='np' if arrays else 'pt')
-            size = out.images.shape[1:3] if arrays else out.images.shape[-2:]
-            if self.up:
-                out = _enlarge(self.up, how.upscale, out.images, kw, generators)
-        except _UNSUPPORTED as e:
-            if 'memory' in str(e).lower() or 'CUDA error' in str(e): raise
-            raise FatalError(f"{_asked(how)}: {first_line(e)}") from e
-        if how.size and tuple(size) != (how.size, how.size):
-            raise FatalError(f"size is {how.size}: {how.pipeline} generates {size[1]} x {size[0]} pixels instead")
-        return out
-
     def sample(self,
                prompts: list,    # one text per image, at most batch_size
                seeds             # one integer per image
@@ -729,13 +730,13 @@ class Sampler(PromptEncoder):
         if getattr(self.pipe.scheduler, 'bad', None):
             self.pipe.scheduler.bad = frozenset()
         self._decoder_finite = True                                          # where there is no decoder
-        out = self._call(call, kw, generators)
+        out = _run(self, call, kw, generators)
         images, finite = as_bytes(out.images)
         finite &= ~np.isin(np.arange(self.batch_size), list(getattr(self.pipe.scheduler, 'bad', ())))
         finite &= self._decoder_finite
         return images[:n], flagged(out, self.batch_size)[:n], finite[:n]
 
-# %% ../nbs/01b_pipelines.ipynb #3a3a6a2a
+# %% ../nbs/01b_pipelines.ipynb #a2b602cc
 ROUNDING = dict(float32=1, float16=4, bfloat16=16)    # grey levels of 255 by which an image drawn again may differ
 
 def check_repeats(sampler,         # a Sampler
