@@ -4,7 +4,7 @@
 
 # %% ../nbs/00c_shards.ipynb #30393c1d
 from __future__ import annotations
-import gzip, hashlib, io, itertools, os, shutil, tarfile
+import gzip, hashlib, io, itertools, json, os, re, shutil, tarfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ from .study import StudyError, atomic_file, file_sha256, nearest
 
 # %% auto #0
 __all__ = ['COLUMNS', 'encode_image', 'encode_png', 'decode', 'write_shard', 'tar_samples', 'replace_folder', 'write_set',
-           'read_manifest', 'read_shard', 'ShardImages', 'open_images', 'join', 'ImageSet', 'load_set',
-           'balanced_order', 'check_subset', 'subset', 'check_set', 'sample_grid']
+           'check_manifest', 'check_folder', 'read_manifest', 'left_out_keys', 'check_keys', 'read_shard',
+           'ShardImages', 'open_images', 'join', 'ImageSet', 'load_set', 'by_class', 'balanced_order', 'check_subset',
+           'subset', 'check_set', 'sample_grid']
 
 # %% ../nbs/00c_shards.ipynb #764070c0
 def _pillow(image):
@@ -127,8 +128,15 @@ def _shard_ending(image):
     "Headers outweigh small images, so these are compressed; larger ones can be read in place from a plain tar."
     return '.tar.gz' if max(image.shape[:2]) < 64 else '.tar'
 
+def _check_split(split):
+    "A split's name begins the key of its images, and a key ends at the first dot."
+    if re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_+-]*', str(split)): return
+    raise StudyError.at('the name of a split', split, "letters, digits, _, + and - alone, with none of + and - at its "
+                        "beginning: it is a part of the names of images in shards, which end at the first dot")
+
 def _keyed(i, s):
     "Sample number `i` as `write_shard` takes it; `more` are the columns that only some sets have."
+    _check_split(s['split'])
     more = {k: v for k, v in s.items() if k not in ('split', 'label', 'image', 'caption')}
     return dict(key=f"{s['split']}-{i:07d}", ending=_shard_ending(s['image']), image=encode_png(s['image']),
                 split=s['split'], label=int(s['label']), caption=s.get('caption', ''), more=more)
@@ -167,10 +175,83 @@ def write_set(folder,                  # sets/NAME; replaced
     replace_folder(tmp, folder)
     return manifest
 
+# %% ../nbs/00c_shards.ipynb #d38347fc
+def _faulty(m):
+    "What is wrong in a manifest: pairs of a mark for each row and words; each takes one pass over the rows."
+    yield m[COLUMNS].isna().any(axis=1), 'an empty value'
+    whole = pd.api.types.is_integer_dtype(m.label)
+    yield m.label.lt(0) if whole else pd.Series(True, m.index), 'a label that is no whole number from 0 on'
+    yield m.key.duplicated(), 'the key of an earlier row'
+    yield ~m.shard.astype(str).str.fullmatch(r'[^/\\]+\.tar(\.gz)?'), 'a shard that is no file name of a tar'
+    pairs = m[['class', 'label']].drop_duplicates()
+    twice = pairs[pairs.label.duplicated() | pairs['class'].duplicated()]
+    yield m.index.to_series().isin(twice.index), 'a class that does not go with its label in earlier rows'
+    first = m.groupby('shard').shard_sha256.transform('first')
+    yield m.shard_sha256 != first, 'another hash of the shard than the rows before it'
+    runs = m.shard[m.shard != m.shard.shift()]
+    yield m.index.to_series().isin(runs.index[runs.duplicated()]), 'a place apart from the other rows of its shard'
+    starts = [k.startswith(f'{s}-') for k, s in zip(m.key.astype(str), m.split.astype(str))]
+    yield ~pd.Series(starts, m.index, dtype=bool), 'a key of another split'
+
+def check_manifest(m: pd.DataFrame,  # the manifest, in the order of its file
+                   file              # named in errors
+                  ):
+    "Whether the rows of a manifest go together; raises `StudyError` that names the first row that does not."
+    rows = m.reset_index(drop=True)
+    for wrong, words in _faulty(rows):
+        if not wrong.any(): continue
+        i = int(wrong.to_numpy().argmax())
+        raise StudyError(f"{file}: row {i} (image {rows.key[i]}) has {words}: the manifest is damaged; "
+                         "delete the folder and run dvc repro or dvc pull")
+
+# %% ../nbs/00c_shards.ipynb #54226472
+def _recipe(folder):
+    "The recipe of a generated or filtered set; {} where there is none."
+    try:
+        return json.loads((folder/'recipe.json').read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:
+        raise StudyError(f"{folder/'recipe.json'}: not readable ({e}); delete the folder and run dvc repro") from None
+
+# What is the same for every image of a generated set, and in its recipe.
+_ALIKE = ('model', 'revision', 'model_sha256', 'guidance_scale', 'steps', 'scheduler')
+
+def _check_recipe(m, recipe, file):
+    "Whether every row says what the recipe says."
+    said = {**recipe, **recipe.get('sampling', {})}
+    said = {k: said[k] for k in _ALIKE if k in said and k in m}
+    for k, v in said.items():
+        wrong = m[m[k].notna() if v is None else m[k] != v]
+        if len(wrong):
+            raise StudyError.at(f"{file}: {k} of image {wrong.key.iloc[0]}", wrong[k].iloc[0], f"{v!r}, as recipe.json "
+                                "beside it says", "; delete the folder and run dvc repro or dvc pull")
+    names = recipe.get('classes')
+    if names and not m['class'].equals(m.label.map(dict(enumerate(names)))):
+        raise StudyError(f"{file}: classes and labels are not those of recipe.json beside it")
+    if 'prompt' in m and (m.prompt != m.caption).any():
+        key = m.key[m.prompt != m.caption].iloc[0]
+        raise StudyError(f"{file}: caption and prompt of image {key} differ: the manifest is damaged")
+
+def check_folder(folder,         # sets/NAME
+                 m: pd.DataFrame # its manifest
+                ):
+    "Whether the files beside a manifest, and the folder's name, are those that it speaks of."
+    folder = Path(folder)
+    file, recipe = folder/'manifest.parquet', _recipe(folder)
+    _check_recipe(m, recipe, file)
+    own, shards = recipe.get('filter', {}).get('set', folder.name), set(m.shard)
+    strange = [s for s in shards if not re.fullmatch(re.escape(own)+r'-\d+\.tar(\.gz)?', s)]
+    if strange and folder.parent.name == 'sets':
+        raise StudyError(f"{file}: its shards are those of another set (e.g. {min(strange)}, not {own}-000000.tar): "
+                         "delete the folder and run dvc repro or dvc pull")
+    lost = {p.name for p in folder.iterdir() if re.search(r'\.tar(\.gz)?$', p.name)}-shards
+    if lost: raise StudyError(f"{file}: no row for the images of {min(lost)}: rows are lost, or the file is not its own")
+
 # %% ../nbs/00c_shards.ipynb #09702420
 def read_manifest(folder    # sets/NAME
                  ) -> pd.DataFrame:
-    "The manifest of a set."
+    "The manifest of a set, whose rows go together and with the files beside it; otherwise raises `StudyError`."
     path = Path(folder)/'manifest.parquet'
     if not path.exists():
         raise StudyError(f"{path}: no such file; the set has not been made yet "
@@ -181,6 +262,8 @@ def read_manifest(folder    # sets/NAME
         raise StudyError(f"{path}: not a readable manifest ({e}); delete the folder and run dvc repro") from None
     missing = [c for c in COLUMNS if c not in m]
     if missing: raise StudyError(f"{path}: columns {missing} are missing")
+    check_manifest(m, path)
+    check_folder(folder, m)
     return m
 
 def _check_shard(path, rows):
@@ -196,25 +279,53 @@ def _plain(data):
     return a[..., None] if a.ndim == 2 else a
 
 # %% ../nbs/00c_shards.ipynb #2229d797
+def left_out_keys(folder    # sets/NAME
+                 ) -> set:
+    "Keys of the images that are in the shards of a filtered set and not in its manifest."
+    file = Path(folder)/'filtered.parquet'
+    return set(pd.read_parquet(file, columns=['key']).key) if file.exists() else set()
+
+def check_keys(path,       # of a shard
+               found,      # the keys of its images, in their order
+               every       # those that the manifest has of it, in their order
+              ):
+    "Whether the manifest has every image of a shard, in the shard's order; images that a filter left out are apart."
+    left = left_out_keys(Path(path).parent)
+    for i, (k, row) in enumerate(itertools.zip_longest((k for k in found if k not in left), every)):
+        if k != row:
+            raise StudyError.at(f"{path}: image {i} of the shard", k, f"{row!r}, as the manifest has it: rows of "
+                                "manifest.parquet were lost, added or moved", "; delete the folder and run dvc repro")
+
+def _check_row(path, key, sample, label, caption):
+    "Whether label and caption of a row are those in the shard."
+    inside = sample.get('cls', b'').decode(errors='replace'), sample.get('txt', b'').decode(errors='replace')
+    if inside != (str(label), caption):
+        raise StudyError(f"{path}: image {key} has label {inside[0]} and caption {inside[1]!r} in the shard, {label} and "
+                         f"{caption!r} in manifest.parquet; delete the folder and run dvc repro or dvc pull")
+
 def read_shard(path,                  # a shard
                rows: pd.DataFrame,    # of the manifest: the images wanted
                size: int = None,      # pixels per side; None: as stored
-               channels: int = None   # 1 or 3
+               channels: int = None,  # 1 or 3
+               every: list = None     # keys of all rows that the manifest has of this shard; None: not compared
               ) -> dict:              # key -> uint8 array
-    "The wanted images of one shard, checked against the manifest."
+    "The wanted images of one shard, checked against the manifest: pixels, label and caption."
     path = Path(path)
     _check_shard(path, rows)
-    want = dict(zip(rows.key, rows.sha256))
-    out = {}
+    want = dict(zip(rows.key, zip(rows.sha256, rows.label, rows.caption)))
+    out, found = {}, []
     for key, s in tar_samples(path):
+        found.append(key)
         if key not in want: continue
         data = next((s[e] for e in IMAGE_TYPES if e in s), b'')
-        if hashlib.sha256(data).hexdigest() != want[key]:
+        if hashlib.sha256(data).hexdigest() != want[key][0]:
             raise StudyError(f"{path}: image {key} is not the one in the manifest")
+        _check_row(path, key, s, *want[key][1:])
         out[key] = decode(data, size, channels, f'{path}:{key}') if size else _plain(data)
     missing = want.keys() - out.keys()
     if missing:
         raise StudyError(f"{path}: {len(missing)} images of the manifest are not in the shard, e.g. {min(missing)}")
+    if every is not None: check_keys(path, found, every)
     return out
 
 # %% ../nbs/00c_shards.ipynb #8e19b53a
@@ -252,19 +363,32 @@ class ShardImages:
         return self.__dict__ | dict(_open={})     # a file that is open here is not open in another process
 
 # %% ../nbs/00c_shards.ipynb #d7815c97
+def _places(path):
+    "Where the images of a plain tar are: key -> (file, offset, bytes), and the labels and captions beside them."
+    places, texts = {}, {}
+    with tarfile.open(path) as tar:
+        for m in tar:
+            key, _, ext = m.name.partition('.')
+            if ext in IMAGE_TYPES:
+                places[key] = (str(path), m.offset_data, m.size)
+            elif ext in ('cls', 'txt'):
+                texts.setdefault(key, {})[ext] = tar.extractfile(m).read()
+    return places, texts
+
 def open_images(folder,            # sets/NAME
-                rows: pd.DataFrame # of its manifest
+                rows: pd.DataFrame,# of its manifest
+                every: dict = None # shard -> keys of all rows that the manifest has of it; None: not compared
                ) -> ShardImages:
-    "The images of manifest rows, left where they are; the shards' bytes are checked against the manifest."
+    "The images of manifest rows, left where they are; shards, labels and captions are checked against the manifest."
     places = {}
     for shard, some in rows.groupby('shard', sort=False):
-        path = Path(folder)/shard
+        path, want = Path(folder)/shard, dict(zip(some.key, zip(some.label, some.caption)))
         _check_shard(path, some)
-        with tarfile.open(path) as tar:
-            for m in tar:
-                key, _, ext = m.name.partition('.')
-                if ext in IMAGE_TYPES:
-                    places[key] = (str(path), m.offset_data, m.size)
+        here, texts = _places(path)
+        for key in want.keys() & here.keys():
+            _check_row(path, key, texts.get(key, {}), *want[key])
+        if every: check_keys(path, list(here), every[shard])
+        places.update(here)
     lost = [k for k in rows.key if k not in places]
     if lost:
         raise StudyError(f"{folder}: {len(lost)} images of the manifest are not in the shards, e.g. {lost[0]}")
@@ -295,23 +419,45 @@ def load_set(folder,                # sets/NAME
              split: str = None,     # only this split
              size: int = None,      # pixels per side; None: as stored
              channels: int = None,  # 1 or 3
-             lazy: bool = False     # leave the images in their shards, which must be plain tar
+             lazy: bool = False,    # leave the images in their shards, which must be plain tar
+             rows=None              # positions in the split: only these images, in this order, and only their shards
             ) -> ImageSet:
     "Read a set or one split of it; a shard or an image that differs from the manifest is an error that names it."
     folder = Path(folder)
     m = read_manifest(folder)
+    every = m.groupby('shard').key.apply(list).to_dict()
     if split is not None:
         if split not in set(m.split):
             raise StudyError(f"set {folder.name!r} has no split {split!r}{nearest(split, set(m.split))}")
         m = m[m.split == split]
+    if rows is not None: m = m.iloc[rows]
     labels = m.label.to_numpy(np.int64)
-    if lazy: return ImageSet(folder.name, open_images(folder, m), labels, m.reset_index(drop=True))
+    if lazy: return ImageSet(folder.name, open_images(folder, m, every), labels, m.reset_index(drop=True))
     images = {}
-    for shard, rows in m.groupby('shard', sort=False):
-        images.update(read_shard(folder/shard, rows, size, channels))
+    for shard, some in m.groupby('shard', sort=False):
+        images.update(read_shard(folder/shard, some, size, channels, every[shard]))
     return ImageSet(folder.name, np.stack([images[k] for k in m.key]), labels, m.reset_index(drop=True))
 
 # %% ../nbs/00c_shards.ipynb #7b533380
+def by_class(labels    # class index of each image
+            ) -> list: # one array of positions, in their order, for each class that occurs
+    "The images of each class, found in one pass."
+    labels = np.asarray(labels)
+    order = np.argsort(labels, kind='stable')
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    return np.split(order, starts[1:]) if len(labels) else []
+
+def _turns(rng, rank, labels):
+    """The place of each image's class in its round: entry (rank, label) of `rng.random((rounds, classes))`. Where one
+    class has far more images than others, that table is much larger than the set, and its other entries are skipped."""
+    rounds, classes = rank.max(initial=0)+1, labels.max(initial=0)+1
+    if rounds*classes <= 10*len(labels)+1000: return rng.random((rounds, classes))[rank, labels]
+    at, out, done = rank*classes+labels, np.empty(len(labels)), 0
+    for i in np.argsort(at):
+        rng.bit_generator.advance(int(at[i])-done)
+        out[i], done = rng.random(), int(at[i])+1
+    return out
+
 def balanced_order(labels,       # class index of each image
                    seed: int     # of this order
                   ) -> np.ndarray:  # positions of the images, shuffled, classes in turn
@@ -319,10 +465,9 @@ def balanced_order(labels,       # class index of each image
     labels = np.asarray(labels)
     rng = np.random.default_rng(seed)
     rank = np.empty(len(labels), np.int64)       # 0 for the first image of its class, 1 for the second, ...
-    for c in np.unique(labels):
-        rank[rng.permutation(np.flatnonzero(labels == c))] = np.arange((labels == c).sum())
-    turn = rng.random((rank.max(initial=0)+1, labels.max(initial=0)+1))    # the order of classes in each round
-    return np.lexsort((turn[rank, labels], rank))
+    for here in by_class(labels):
+        rank[rng.permutation(here)] = np.arange(len(here))
+    return np.lexsort((_turns(rng, rank, labels), rank))
 
 # %% ../nbs/00c_shards.ipynb #6addace7
 def check_subset(name: str,      # of the set
@@ -356,8 +501,9 @@ def check_set(m: pd.DataFrame,    # manifest
     "Every class in every split, and no image in two splits; raises `StudyError`."
     if not len(m): raise StudyError(f"set {name!r} holds no image")
     for split, rows in m.groupby('split', sort=False):
+        found = set(rows['class'])
         for c in () if fewer else classes:
-            if c not in set(rows['class']):
+            if c not in found:
                 raise StudyError(f"set {name!r}, split {split!r}: class {c!r} is missing from this set")
     first = m.drop_duplicates(['sha256', 'split'])
     twice = first[first.duplicated('sha256', keep=False)].sort_values('sha256')
