@@ -14,7 +14,7 @@ from joblib import Parallel, cpu_count, delayed
 from tqdm import tqdm
 from .curves import Point, curve_of, curve_points
 from .recipes import ENGINE, METRICS
-from .shards import balanced_order, check_subset, join, load_set, read_manifest
+from .shards import check_subset, join, load_set, order_of, read_manifest
 from .study import Study, StudyError, die_with_parent, nearest, write_atomic, write_csv
 
 # %% auto #0
@@ -79,8 +79,8 @@ def training_rows(study: Study,  # the study
     for name, n, seed in slots:
         if not n: continue
         m = split_rows(study, name, 'train')
-        check_subset(name, np.bincount(m.label, minlength=n_classes), n)
-        i = balanced_order(m.label, seed)[:n]
+        check_subset(name, np.bincount(m.label, minlength=n_classes), n, point.balance)
+        i = order_of(m.label, seed, point.balance)[:n]
         out.append((name, i, m.iloc[i]))
     return out
 
@@ -243,7 +243,7 @@ def check_curve(study: Study,  # the study
         if not n: continue
         m = split_rows(study, of, 'train')
         try:
-            check_subset(of, np.bincount(m.label, minlength=len(study.study.classes)), n)
+            check_subset(of, np.bincount(m.label, minlength=len(study.study.classes)), n, c.balance)
         except StudyError as err:
             raise StudyError(f"curve {name!r}, {slot} images: {err}") from None
         leak = m[m.sha256.isin(hashes)]

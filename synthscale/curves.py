@@ -5,7 +5,7 @@
 # %% ../nbs/00g_curves.ipynb #a3000004
 from __future__ import annotations
 from dataclasses import dataclass
-from typing import Annotated, Union
+from typing import Annotated, Literal, Union
 from pydantic import Field
 from .study import Count, Ident, Key, Positive, Rate, Section, Study, StudyError, nearest
 
@@ -15,6 +15,7 @@ __all__ = ['EvalSpec', 'OneSetCurve', 'MixtureCurve', 'ClassifySection', 'CurveS
 
 # %% ../nbs/00g_curves.ipynb #a3000007
 _Sizes = Annotated[list[Count], Field(min_length=1)]
+_Balance = Literal['equal', 'own']
 _OpenShare = Annotated[float, Field(gt=0, lt=1)]
 
 class EvalSpec(Section):
@@ -51,6 +52,7 @@ class OneSetCurve(Section):
     recipe: Union[Ident, None] = None          # under recipes; null: classify.recipe
     one_seed_above: Union[Positive, None] = None   # points of more images have the first seed alone; null:
                                      # classify.one_seed_above
+    balance: Union[_Balance, None] = None      # null: classify.balance
 
 class MixtureCurve(Section):
     "A grid of real and synthetic images: n_real x n_synthetic x seeds."
@@ -64,6 +66,7 @@ class MixtureCurve(Section):
     seeds: Union[Positive, None] = None
     recipe: Union[Ident, None] = None
     one_seed_above: Union[Positive, None] = None
+    balance: Union[_Balance, None] = None      # null: classify.balance
 
 class ClassifySection(Section):
     "Classifiers trained along curves."
@@ -71,6 +74,8 @@ class ClassifySection(Section):
     recipe: Ident = ''               # of every curve that does not name another, under recipes
     seeds: Positive = 3              # of every curve that has no number of its own
     one_seed_above: Union[Positive, None] = None   # of every curve that has no number of its own
+    balance: _Balance = 'equal'      # equal: as many images of each class; own: the class shares of the set itself,
+                                     # where classes are of unequal size
     compute_tolerance: Rate = 0.03   # a curve end whose loss moves by more when the steps double is compute-limited
     compute_seeds: Positive = 2      # seeds, the first ones, with which both ends are trained again for twice the steps
     checkpoints: Count = 0           # how often a point is validated while it trains; above 0 its best and its last
@@ -91,6 +96,7 @@ class CurveSpec:
     one_seed_above: int = None
     real_share: float = None
     synthetic_weight: float = 1.0
+    balance: str = 'equal'           # or own: the class shares of the sets
 
     @property
     def sizes(self) -> list:
@@ -116,7 +122,8 @@ def _common(study, c):
     "The fields that every curve has, with the section's defaults."
     s = study.classify
     return dict(recipe=c.recipe or s.recipe, seeds=c.seeds or s.seeds,
-                one_seed_above=c.one_seed_above or s.one_seed_above)
+                one_seed_above=c.one_seed_above or s.one_seed_above,
+                balance=getattr(c, 'balance', None) or s.balance)
 
 def _one_set(study, name, c):
     "A curve of one set."
@@ -156,6 +163,7 @@ class Point:
     train_multiplier: int = 1      # 2: trained twice as long, for the compute check
     real_share: float = None       # of every batch, where there are real and synthetic images
     synthetic_weight: float = 1.   # of a synthetic image's loss, where there are real and synthetic images
+    balance: str = 'equal'         # of the classes; own: with the class shares of the sets
 
     @property
     def n_images(self) -> int:
@@ -172,8 +180,8 @@ def curve_points(c: CurveSpec,              # the curve
                 ) -> list:
     "The points of a curve, then those of its compute check: both ends, trained twice as long."
     def at(size, seed, multiplier):
-        mixed = (c.real_share, c.synthetic_weight) if all(size) else ()
-        return Point(c.recipe, c.real, c.synthetic, *size, seed, multiplier, *mixed)
+        mixed = (c.real_share, c.synthetic_weight) if all(size) else (None, 1.)
+        return Point(c.recipe, c.real, c.synthetic, *size, seed, multiplier, *mixed, c.balance)
     ends = dict.fromkeys([c.sizes[0], c.sizes[-1]])
     once = [at(s, k, 1) for s in c.sizes for k in range(c.seeds_at(s))]
     return once + [at(s, k, 2) for s in ends for k in range(min(c.seeds_at(s), compute_seeds or c.seeds))]

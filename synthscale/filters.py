@@ -11,7 +11,7 @@ import pandas as pd
 from PIL import Image
 from pydantic import Field
 from tqdm import tqdm
-from .shards import check_set, encode_png, read_manifest, read_shard, replace_folder, sample_grid
+from .shards import by_class, check_set, encode_png, read_manifest, read_shard, replace_folder, sample_grid
 from .study import (Count, Ident, Key, Section, Study, StudyError, atomic_file, file_sha256, link_or_copy,
                               nearest, write_atomic)
 
@@ -91,8 +91,8 @@ def repeats(pixels: list,  # pixel_hash of each image
            ) -> np.ndarray:    # n: position of the earlier, kept image that it repeats, -1 where there is none
     "Which images repeat an earlier one of their class."
     of, labels = np.full(len(pixels), -1), np.asarray(labels)
-    for c in np.unique(labels):
-        _repeats_of_class(np.flatnonzero(labels == c), pixels, shapes, bits, of)
+    for here in by_class(labels):
+        _repeats_of_class(here, pixels, shapes, bits, of)
     return of
 
 # %% ../nbs/04c_filters.ipynb #c9271c30
@@ -104,7 +104,7 @@ def inspect_images(folder,             # sets/NAME
     "What a filter needs to know of each image, shard by shard: a set need not fit into memory."
     p, pixels, shapes = [], [], []
     for shard, rows in tqdm(m.groupby('shard', sort=False), desc='inspect', unit='shard'):
-        found = read_shard(folder/shard, rows)
+        found = read_shard(folder/shard, rows, every=rows.key)
         images = np.stack([found[k] for k in rows.key])
         p.append(confidence(net, images, rows.label.to_numpy()))
         pixels += pixel_hash(images)

@@ -4,10 +4,10 @@
 
 # %% ../nbs/04d_merged.ipynb #2ad5890c
 from __future__ import annotations
-from typing import Union
+from typing import Literal, Union
 import numpy as np
 import pandas as pd
-from .shards import (balanced_order, check_set, check_subset, encode_png, read_manifest, read_shard,
+from .shards import (check_set, check_subset, encode_png, order_of, read_manifest, read_shard,
                                sample_grid, write_set)
 from .study import Ident, Key, Positive, Section, Study, StudyError, nearest, write_atomic
 
@@ -19,8 +19,9 @@ class MergedSpec(Section):
     "The training images of two sets as one set; merged sets may be merged again."
     first: Ident                     # any set
     second: Ident
-    n_first: Union[Positive, None] = None      # class-balanced at random; null: all
+    n_first: Union[Positive, None] = None      # at random; null: all
     n_second: Union[Positive, None] = None
+    balance: Literal['equal', 'own'] = 'equal'     # of the classes in n_first and n_second; own: the set's own shares
 
 MergedSection = dict[Key, MergedSpec]
 
@@ -36,10 +37,10 @@ def members(study: Study,  # the study
         m = m[m.split == 'train']
         if n:
             try:
-                check_subset(source, np.bincount(m.label, minlength=n_classes), n)
+                check_subset(source, np.bincount(m.label, minlength=n_classes), n, spec.balance)
             except StudyError as e:
                 raise StudyError(f"merged.{name}.n_{slot}: {e}") from None
-            m = m.iloc[np.sort(balanced_order(m.label, study.seed('merged', name, slot))[:n])]
+            m = m.iloc[np.sort(order_of(m.label, study.seed('merged', name, slot), spec.balance)[:n])]
         out.append((source, m))
     return out
 
@@ -49,8 +50,9 @@ def merged_samples(study: Study,    # the study
                   ):                # yields what `write_set` takes
     "The images of the members one after the other, shard by shard, each with the set it is from and its key there."
     for source, m in parts:
+        every = read_manifest(study.set_dir(source)).groupby('shard').key.apply(list)
         for shard, rows in m.groupby('shard', sort=False):
-            images = read_shard(study.set_dir(source)/shard, rows)
+            images = read_shard(study.set_dir(source)/shard, rows, every=every[shard])
             for r in rows.itertuples():
                 yield dict(split='train', label=r.label, image=images[r.key], caption=r.caption,
                            part=source, origin=r.key)

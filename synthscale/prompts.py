@@ -4,25 +4,46 @@
 
 # %% ../nbs/03_prompts.ipynb #2bf93a4c
 from __future__ import annotations
-import itertools
+import itertools, string
+from typing import Annotated
 import pandas as pd
-from .study import Ident, Key, Section, Study, StudyError, nearest, write_csv
+from pydantic import Field
+from .study import Key, Section, Study, StudyError, nearest, write_csv
 
 # %% auto #0
-__all__ = ['PromptSet', 'PromptsSection', 'prompt_table', 'check_prompts', 'shared_prompts', 'write_prompts', 'read_prompts']
+__all__ = ['Placeholder', 'PromptSet', 'PromptsSection', 'check_template', 'prompt_table', 'check_prompts', 'shared_prompts',
+           'write_prompts', 'read_prompts']
 
 # %% ../nbs/03_prompts.ipynb #3e39e07b
+# What stands between { and } in a template: no dot, no index and no number, so that a text only takes in texts.
+Placeholder = Annotated[str, Field(pattern=r'^[A-Za-z_][A-Za-z0-9_]*$', max_length=80)]
+
 class PromptSet(Section):
     "Every template with every filling, for each class; or prompts written out for each class."
     templates: list[str] = []                  # {name}, any key of prompts.words, any key of fill
-    fill: dict[Ident, list[str]] = {}          # placeholder -> its fillings; all combinations are made
+    fill: dict[Placeholder, list[str]] = {}          # placeholder -> its fillings; all combinations are made
     by_class: dict[str, list[str]] = {}        # class -> prompts, instead of templates
 
 class PromptsSection(Section):
     "Prompt sets, and words about the classes that they use."
-    words: dict[Ident, dict[str, str]] = {}    # placeholder -> class -> words; `name` is the class's name, with spaces
+    words: dict[Placeholder, dict[str, str]] = {}    # placeholder -> class -> words; `name` is the class's name, with spaces
                                      # for _, unless it is given here
     sets: dict[Key, PromptSet] = {}
+
+# %% ../nbs/03_prompts.ipynb #ab8d06bc
+def check_template(template: str   # with placeholders as {name}
+                  ) -> list:       # the placeholders
+    "The placeholders of a template, if all are identifiers without a format or a conversion; else `StudyError`."
+    try:
+        parts = [p for p in string.Formatter().parse(template) if p[1] is not None]
+    except ValueError as e:
+        raise StudyError(f"template {template!r} cannot be read: {e}") from None
+    for _, field, spec, how in parts:
+        if field.isascii() and field.isidentifier() and not spec and not how: continue
+        whole = field+(f'!{how}' if how else '')+(f':{spec}' if spec else '')
+        raise StudyError.at(f"template {template!r}: field {{{whole}}}", whole, "a plain placeholder as {name}: letters, "
+                            "digits and _, without a dot, an index, a conversion or a format")
+    return [field for _, field, _, _ in parts]
 
 # %% ../nbs/03_prompts.ipynb #e843eecd
 def prompt_table(spec: PromptSet,  # from params.yaml
@@ -30,6 +51,10 @@ def prompt_table(spec: PromptSet,  # from params.yaml
                  words: dict       # placeholder -> class -> words
                 ) -> pd.DataFrame: # class, label, prompt: classes in order
     "Every prompt of a set, each once per class."
+    known = {'name', *words, *spec.fill}
+    for t in spec.templates:
+        for f in check_template(t):
+            if f not in known: raise StudyError(f"template {t!r}: nothing fills {{{f}}}{nearest(f, known)}")
     fills = [dict(zip(spec.fill, f)) for f in itertools.product(*spec.fill.values())]
     rows = []
     for label, c in enumerate(classes):
@@ -51,13 +76,14 @@ def check_prompts(df: pd.DataFrame,  # class, label, prompt
     blank = df[df.prompt.isna() | (df.prompt.astype(str).str.strip() == '')]
     if len(blank):
         raise StudyError(f"{name}: row {blank.index[0]+2}: the prompt of class {blank['class'].iloc[0]!r} is empty")
-    for c in dict.fromkeys(df['class']):
-        if c not in classes: raise StudyError(f"{name}: class {c!r} is none of the study's{nearest(c, classes)}")
-    lost = [c for c in classes if c not in set(df['class'])]
+    place, found = {c: i for i, c in enumerate(classes)}, dict.fromkeys(df['class'])
+    for c in found:
+        if c not in place: raise StudyError(f"{name}: class {c!r} is none of the study's{nearest(c, classes)}")
+    lost = [c for c in classes if c not in found]
     if lost:
         more = f" and {len(lost)-1} more" if len(lost) > 1 else ''
         raise StudyError(f"{name}: no prompt for class {lost[0]!r}{more}")
-    wrong = df[df.label != df['class'].map(classes.index)]
+    wrong = df[df.label != df['class'].map(place)]
     if len(wrong):
         label, c = wrong.label.iloc[0], wrong['class'].iloc[0]
         raise StudyError(f"{name}: row {wrong.index[0]+2}: label {label} is not that of class {c!r}")

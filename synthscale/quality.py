@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from .curves import scored_sets
-from .shards import load_set, subset
+from .shards import by_class, load_set, subset
 from .study import Study, StudyError, nearest, write_csv
 
 # %% auto #0
@@ -29,8 +29,10 @@ def recognized(labels,          # class each image was made for
                n_classes: int   # classes of the study
               ) -> np.ndarray:  # share of each class; NaN where it has no image
     "Share of the images of each class that an evaluator names as that class."
-    labels, named = np.asarray(labels), np.asarray(named)
-    return np.array([(named[labels == c] == c).mean() if (labels == c).any() else np.nan for c in range(n_classes)])
+    labels, named, out = np.asarray(labels), np.asarray(named), np.full(n_classes, np.nan)
+    for here in by_class(labels):
+        out[labels[here[0]]] = (named[here] == labels[here]).mean()
+    return out
 
 # %% ../nbs/05_quality.ipynb #72e210c0
 def diversity(feats,           # n x d
@@ -40,7 +42,10 @@ def diversity(feats,           # n x d
              ) -> np.ndarray:    # of each class; NaN where a class has fewer than two images
     "Mean standard deviation of features within each class."
     f, labels = np.asarray(feats, float)/scale, np.asarray(labels)
-    return np.array([f[labels == c].std(0).mean() if (labels == c).sum() > 1 else np.nan for c in range(n_classes)])
+    out = np.full(n_classes, np.nan)
+    for here in by_class(labels):
+        if len(here) > 1: out[labels[here[0]]] = f[here].std(0).mean()
+    return out
 
 # %% ../nbs/05_quality.ipynb #d403b0a0
 def duplicate_rate(hashes    # SHA-256 of each image
@@ -82,9 +87,10 @@ def score_set(study: Study,  # the study
     table = class_scores(study, s.images[i], labels)
     def add(metric, class_, value, n):
         rows.append({'set': name, 'class': class_, 'metric': metric, 'value': value, 'n': n})
+    counts = np.bincount(labels, minlength=len(classes))
     for k, values in table.items():
         for c, v in enumerate(values):
-            add(k, classes[c], v, int((labels == c).sum()))
+            add(k, classes[c], v, int(counts[c]))
     for k, values in table.items():
         add(k, 'all', float(np.mean(values)), len(labels))
     add('duplicate_rate', 'all', duplicate_rate(s.manifest.sha256.iloc[i]), len(labels))

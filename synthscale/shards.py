@@ -18,8 +18,8 @@ from .study import StudyError, atomic_file, file_sha256, nearest
 # %% auto #0
 __all__ = ['COLUMNS', 'encode_image', 'encode_png', 'decode', 'write_shard', 'tar_samples', 'replace_folder', 'write_set',
            'check_manifest', 'check_folder', 'read_manifest', 'left_out_keys', 'check_keys', 'read_shard',
-           'ShardImages', 'open_images', 'join', 'ImageSet', 'load_set', 'by_class', 'balanced_order', 'check_subset',
-           'subset', 'check_set', 'sample_grid']
+           'ShardImages', 'open_images', 'join', 'ImageSet', 'load_set', 'by_class', 'balanced_order', 'own_order',
+           'order_of', 'check_subset', 'subset', 'check_set', 'sample_grid']
 
 # %% ../nbs/00c_shards.ipynb #764070c0
 def _pillow(image):
@@ -175,7 +175,7 @@ def write_set(folder,                  # sets/NAME; replaced
     replace_folder(tmp, folder)
     return manifest
 
-# %% ../nbs/00c_shards.ipynb #d38347fc
+# %% ../nbs/00c_shards.ipynb #5f517fc0
 def _faulty(m):
     "What is wrong in a manifest: pairs of a mark for each row and words; each takes one pass over the rows."
     yield m[COLUMNS].isna().any(axis=1), 'an empty value'
@@ -204,7 +204,7 @@ def check_manifest(m: pd.DataFrame,  # the manifest, in the order of its file
         raise StudyError(f"{file}: row {i} (image {rows.key[i]}) has {words}: the manifest is damaged; "
                          "delete the folder and run dvc repro or dvc pull")
 
-# %% ../nbs/00c_shards.ipynb #54226472
+# %% ../nbs/00c_shards.ipynb #bd3cd0f0
 def _recipe(folder):
     "The recipe of a generated or filtered set; {} where there is none."
     try:
@@ -469,28 +469,50 @@ def balanced_order(labels,       # class index of each image
         rank[rng.permutation(here)] = np.arange(len(here))
     return np.lexsort((_turns(rng, rank, labels), rank))
 
+# %% ../nbs/00c_shards.ipynb #b394c1d6
+def own_order(labels,       # class index of each image
+              seed: int     # of this order
+             ) -> np.ndarray:  # positions of the images, shuffled
+    "A random order in which every prefix has the class shares of the whole, to about one image of each class."
+    labels = np.asarray(labels)
+    rng = np.random.default_rng(seed)
+    place = np.empty(len(labels))                # images of a class are at equal distances from 0 to 1
+    for here in by_class(labels):
+        place[rng.permutation(here)] = (np.arange(len(here))+rng.random())/len(here)
+    return np.argsort(place, kind='stable')
+
+def order_of(labels,        # class index of each image
+             seed: int,     # of this order
+             balance: str   # equal: as balanced as the counts allow; own: with the shares of the whole
+            ) -> np.ndarray:   # positions of the images
+    "The order from which nested subsets are taken."
+    return own_order(labels, seed) if balance == 'own' else balanced_order(labels, seed)
+
 # %% ../nbs/00c_shards.ipynb #6addace7
 def check_subset(name: str,      # of the set
                  counts,         # images of each class that the split has
-                 n: int          # images wanted
+                 n: int,         # images wanted
+                 balance: str = 'equal'     # own: with the class shares of the set
                 ):
-    "Whether a set can give n class-balanced images; the error states how many it can."
+    "Whether a set can give n images, class-balanced or with its own shares; the error states how many it can."
     counts = np.asarray(counts)
     if n > counts.sum(): raise StudyError(f"set {name!r} has {counts.sum()} images, {n} were asked for")
+    if balance == 'own': return
     need = n//len(counts)
     if counts.min() < need:
         c = int(counts.argmin())
         raise StudyError(f"set {name!r} has {counts[c]} images of class {c}: a class-balanced subset of {n} "
-                         f"needs {need} (largest possible: {counts[c]*len(counts)})")
+                         f"needs {need} (largest possible: {counts[c]*len(counts)}; with the set's own class shares, balance: own, all)")
 
 def subset(s: ImageSet,          # the whole split
            n: int,               # images wanted
            seed: int,            # of the order
-           n_classes: int        # every class must be there from n >= n_classes on
+           n_classes: int,       # every class must be there from n >= n_classes on
+           balance: str = 'equal'     # own: with the class shares of the split
           ) -> np.ndarray:       # positions in `s`
-    "The nested class-balanced subset of size n; raises `StudyError` where the set cannot give it."
-    check_subset(s.name, np.bincount(s.labels, minlength=n_classes), n)
-    return balanced_order(s.labels, seed)[:n]
+    "The nested subset of size n; raises `StudyError` where the set cannot give it."
+    check_subset(s.name, np.bincount(s.labels, minlength=n_classes), n, balance)
+    return order_of(s.labels, seed, balance)[:n]
 
 # %% ../nbs/00c_shards.ipynb #4909c044
 def check_set(m: pd.DataFrame,    # manifest
