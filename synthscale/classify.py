@@ -64,6 +64,9 @@ def split_rows(study: Study,  # the study
     return _rows(str(folder), split, _stamp(folder/'manifest.parquet'))
 
 # %% ../nbs/06_classify.ipynb #d0000002
+# A point of at most one image in so many is read by itself; for larger ones the split is decoded once per process.
+_FEW = 20
+
 def order_seeds(study: Study,  # the study
                 point: Point   # which run
                ) -> tuple:
@@ -89,7 +92,9 @@ def training_images(study: Study,    # the study
                    ):                # images, labels, keys (SET:KEY of each image)
     "What a point is trained on, read and decoded."
     parts = training_rows(study, point)
-    images = join([split_of(study, name, 'train').images[i] for name, i, _ in parts])
+    few = all(_FEW*len(i) <= len(split_rows(study, name, 'train')) for name, i, _ in parts)
+    images = join([load_set(study.set_dir(name), 'train', rows=i).images if few else
+                   split_of(study, name, 'train').images[i] for name, i, _ in parts])
     labels = np.concatenate([rows.label.to_numpy(np.int64) for _, _, rows in parts])
     return images, labels, np.concatenate([(name+':'+rows.key).to_numpy() for name, _, rows in parts])
 

@@ -30,7 +30,7 @@ class PromptsSection(Section):
                                      # for _, unless it is given here
     sets: dict[Key, PromptSet] = {}
 
-# %% ../nbs/03_prompts.ipynb #ab8d06bc
+# %% ../nbs/03_prompts.ipynb #0e2c2cbe
 def check_template(template: str   # with placeholders as {name}
                   ) -> list:       # the placeholders
     "The placeholders of a template, if all are identifiers without a format or a conversion; else `StudyError`."
@@ -41,8 +41,9 @@ def check_template(template: str   # with placeholders as {name}
     for _, field, spec, how in parts:
         if field.isascii() and field.isidentifier() and not spec and not how: continue
         whole = field+(f'!{how}' if how else '')+(f':{spec}' if spec else '')
-        raise StudyError.at(f"template {template!r}: field {{{whole}}}", whole, "a plain placeholder as {name}: letters, "
-                            "digits and _, without a dot, an index, a conversion or a format")
+        raise StudyError.at(f"template {template!r}: field {{{whole}}}", whole,
+                            "a plain one as {name}: "
+                            "letters, digits and _, without a dot, an index, a conversion or a format")
     return [field for _, field, _, _ in parts]
 
 # %% ../nbs/03_prompts.ipynb #e843eecd
@@ -54,7 +55,8 @@ def prompt_table(spec: PromptSet,  # from params.yaml
     known = {'name', *words, *spec.fill}
     for t in spec.templates:
         for f in check_template(t):
-            if f not in known: raise StudyError(f"template {t!r}: nothing fills {{{f}}}{nearest(f, known)}")
+            if f in known: continue
+            raise StudyError(f"template {t!r}: nothing fills {{{f}}}{nearest(f, known)}")
     fills = [dict(zip(spec.fill, f)) for f in itertools.product(*spec.fill.values())]
     rows = []
     for label, c in enumerate(classes):

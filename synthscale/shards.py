@@ -175,7 +175,7 @@ def write_set(folder,                  # sets/NAME; replaced
     replace_folder(tmp, folder)
     return manifest
 
-# %% ../nbs/00c_shards.ipynb #5f517fc0
+# %% ../nbs/00c_shards.ipynb #34d671b0
 def _faulty(m):
     "What is wrong in a manifest: pairs of a mark for each row and words; each takes one pass over the rows."
     yield m[COLUMNS].isna().any(axis=1), 'an empty value'
@@ -204,7 +204,7 @@ def check_manifest(m: pd.DataFrame,  # the manifest, in the order of its file
         raise StudyError(f"{file}: row {i} (image {rows.key[i]}) has {words}: the manifest is damaged; "
                          "delete the folder and run dvc repro or dvc pull")
 
-# %% ../nbs/00c_shards.ipynb #bd3cd0f0
+# %% ../nbs/00c_shards.ipynb #4a69c94c
 def _recipe(folder):
     "The recipe of a generated or filtered set; {} where there is none."
     try:
@@ -240,13 +240,13 @@ def check_folder(folder,         # sets/NAME
     folder = Path(folder)
     file, recipe = folder/'manifest.parquet', _recipe(folder)
     _check_recipe(m, recipe, file)
-    own, shards = recipe.get('filter', {}).get('set', folder.name), set(m.shard)
+    own, shards = recipe.get('filter', {}).get('set', folder.resolve().name), set(m.shard)
     strange = [s for s in shards if not re.fullmatch(re.escape(own)+r'-\d+\.tar(\.gz)?', s)]
     if strange and folder.parent.name == 'sets':
         raise StudyError(f"{file}: its shards are those of another set (e.g. {min(strange)}, not {own}-000000.tar): "
                          "delete the folder and run dvc repro or dvc pull")
     lost = {p.name for p in folder.iterdir() if re.search(r'\.tar(\.gz)?$', p.name)}-shards
-    if lost: raise StudyError(f"{file}: no row for the images of {min(lost)}: rows are lost, or the file is not its own")
+    if lost: raise StudyError(f"{file}: no row for the images of {min(lost)}: rows are lost or not its own")
 
 # %% ../nbs/00c_shards.ipynb #09702420
 def read_manifest(folder    # sets/NAME
@@ -300,8 +300,8 @@ def _check_row(path, key, sample, label, caption):
     "Whether label and caption of a row are those in the shard."
     inside = sample.get('cls', b'').decode(errors='replace'), sample.get('txt', b'').decode(errors='replace')
     if inside != (str(label), caption):
-        raise StudyError(f"{path}: image {key} has label {inside[0]} and caption {inside[1]!r} in the shard, {label} and "
-                         f"{caption!r} in manifest.parquet; delete the folder and run dvc repro or dvc pull")
+        raise StudyError(f"{path}: image {key} has label {inside[0]} and caption {inside[1]!r} in the "
+                         f"shard, {label} and {caption!r} in manifest.parquet; delete the folder and run dvc repro or dvc pull")
 
 def read_shard(path,                  # a shard
                rows: pd.DataFrame,    # of the manifest: the images wanted
@@ -469,7 +469,7 @@ def balanced_order(labels,       # class index of each image
         rank[rng.permutation(here)] = np.arange(len(here))
     return np.lexsort((_turns(rng, rank, labels), rank))
 
-# %% ../nbs/00c_shards.ipynb #b394c1d6
+# %% ../nbs/00c_shards.ipynb #6c231f59
 def own_order(labels,       # class index of each image
               seed: int     # of this order
              ) -> np.ndarray:  # positions of the images, shuffled
@@ -502,7 +502,8 @@ def check_subset(name: str,      # of the set
     if counts.min() < need:
         c = int(counts.argmin())
         raise StudyError(f"set {name!r} has {counts[c]} images of class {c}: a class-balanced subset of {n} "
-                         f"needs {need} (largest possible: {counts[c]*len(counts)}; with the set's own class shares, balance: own, all)")
+                         f"needs {need} (largest possible: {counts[c]*len(counts)}; "
+                         f"with the set's own class shares, balance: own, all)")
 
 def subset(s: ImageSet,          # the whole split
            n: int,               # images wanted

@@ -339,6 +339,7 @@ def test_the_key_of_a_point_is_its_images_labels_recipe_and_engine_and_nothing_e
             "The key after one row of the manifest is another."
             m = whole.copy()
             m.loc[row, column] = value
+            m['class'] = [study.study.classes[i] for i in m.label]
             m.to_parquet(d/'manifest.parquet', index=False)
             return config()
         for split in splits:
@@ -510,6 +511,7 @@ def test_what_the_sets_cannot_give_is_found_before_anything_is_trained(study):
     def message(rows, column, value):
         m = whole.copy()
         m.loc[rows, column] = value
+        m['key'] = m.split+'-'+m.key.str.rpartition('-')[2]
         m.to_parquet(d/'manifest.parquet', index=False)
         with pytest.raises(StudyError) as e:
             check_curve(study, 'rendered')
@@ -560,6 +562,7 @@ def test_images_in_shards_train_as_images_in_memory_do(tmp_path):
         write_shard(tmp_path/f's-{k:06d}.tar', samples)
     rows = pd.DataFrame(dict(key=[f'{i:04d}' for i in range(50)], shard=[f's-{i//25:06d}.tar' for i in range(50)]))
     rows['shard_sha256'] = [file_sha256(tmp_path/s) for s in rows.shard]
+    rows = rows.assign(label=[int(i) for i in y], caption='')
     lazy = open_images(tmp_path, rows)
     r = recipe(samples_seen_at_100=320, input_size=8)
     joined = join([lazy[:10], lazy[10:]])
