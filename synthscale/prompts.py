@@ -26,11 +26,11 @@ class PromptSet(Section):
 
 class PromptsSection(Section):
     "Prompt sets, and words about the classes that they use."
-    words: dict[Placeholder, dict[str, str]] = {}    # placeholder -> class -> words; `name` is the class's name, with spaces
-                                     # for _, unless it is given here
+    words: dict[Placeholder, dict[str, str]] = {}    # placeholder -> class -> words; `name` is the class's name, with
+                                     # spaces for _, unless it is given here
     sets: dict[Key, PromptSet] = {}
 
-# %% ../nbs/03_prompts.ipynb #0e2c2cbe
+# %% ../nbs/03_prompts.ipynb #f19f6fed
 def check_template(template: str   # with placeholders as {name}
                   ) -> list:       # the placeholders
     "The placeholders of a template, if all are identifiers without a format or a conversion; else `StudyError`."

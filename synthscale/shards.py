@@ -175,7 +175,7 @@ def write_set(folder,                  # sets/NAME; replaced
     replace_folder(tmp, folder)
     return manifest
 
-# %% ../nbs/00c_shards.ipynb #34d671b0
+# %% ../nbs/00c_shards.ipynb #576ade00
 def _faulty(m):
     "What is wrong in a manifest: pairs of a mark for each row and words; each takes one pass over the rows."
     yield m[COLUMNS].isna().any(axis=1), 'an empty value'
@@ -204,7 +204,7 @@ def check_manifest(m: pd.DataFrame,  # the manifest, in the order of its file
         raise StudyError(f"{file}: row {i} (image {rows.key[i]}) has {words}: the manifest is damaged; "
                          "delete the folder and run dvc repro or dvc pull")
 
-# %% ../nbs/00c_shards.ipynb #4a69c94c
+# %% ../nbs/00c_shards.ipynb #e648edfe
 def _recipe(folder):
     "The recipe of a generated or filtered set; {} where there is none."
     try:
@@ -301,7 +301,8 @@ def _check_row(path, key, sample, label, caption):
     inside = sample.get('cls', b'').decode(errors='replace'), sample.get('txt', b'').decode(errors='replace')
     if inside != (str(label), caption):
         raise StudyError(f"{path}: image {key} has label {inside[0]} and caption {inside[1]!r} in the "
-                         f"shard, {label} and {caption!r} in manifest.parquet; delete the folder and run dvc repro or dvc pull")
+                         f"shard, {label} and {caption!r} in manifest.parquet; "
+                         f"delete the folder and run dvc repro or dvc pull")
 
 def read_shard(path,                  # a shard
                rows: pd.DataFrame,    # of the manifest: the images wanted
@@ -469,7 +470,7 @@ def balanced_order(labels,       # class index of each image
         rank[rng.permutation(here)] = np.arange(len(here))
     return np.lexsort((_turns(rng, rank, labels), rank))
 
-# %% ../nbs/00c_shards.ipynb #6c231f59
+# %% ../nbs/00c_shards.ipynb #56eb7791
 def own_order(labels,       # class index of each image
               seed: int     # of this order
              ) -> np.ndarray:  # positions of the images, shuffled

@@ -520,7 +520,7 @@ def test_what_the_sets_cannot_give_is_found_before_anything_is_trained(study):
     said = message(first, 'sha256', tested)
     assert "set 'rendered': 1 training images are also test images, e.g. train-0000000" in said
     said = message(whole.label == 3, 'split', 'spare')
-    assert 'images of class 3: a class-balanced subset of 80 needs 8 (largest possible: 0)' in said
+    assert 'images of class 3: a class-balanced subset of 80 needs 8 (largest possible: 0;' in said
     said = message(whole.index[60:], 'split', 'spare')
     assert "curve 'rendered', synthetic images: set 'rendered' has 60 images, 80 were asked for" in said
 
