@@ -8,25 +8,23 @@ import argparse, json, os, re, shutil, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
 from filelock import FileLock, Timeout
-from .doctor import doctor, keep_lock, repro
 from .hashing import closure_hashes
-from .stages import (RUN_HEADING, code_only, live_notebook, modules_of, normalise,
+from .stages import (RUN_HEADING, code_only, live_notebook, lock_stages, modules_of, normalise,
                                notebook_bytes, stage_notebooks, stage_of as stage_of, without_directives)
 from .study import Study, StudyError, die_with_parent, file_sha256, nearest, repo_root, write_atomic
 import nbformat
 
 # %% auto #0
 __all__ = ['TOOLS', 'prepare', 'read_prepared', 'check_code', 'check_prepared', 'declared_parameters', 'typed_value',
-           'check_parameters', 'one_writer', 'executed_path', 'execute', 'cost', 'run_stage', 'package_root',
-           'run_alone', 'readme_text', 'refresh', 'readme', 'check_new', 'new_study', 'plan', 'generate_shards',
-           'verify', 'train', 'check', 'mend', 'explain', 'main']
+           'check_parameters', 'one_writer', 'executed_path', 'execute', 'cost', 'run_stage', 'lock_is_whole',
+           'guard_lock', 'package_root', 'run_alone', 'readme_text', 'refresh', 'readme', 'check_new', 'new_study',
+           'plan', 'generate_shards', 'verify', 'train', 'check', 'explain', 'main']
 
 # %% ../nbs/00a_run.ipynb #939b9f30
 def prepare(study: Study    # its build/nbs and build/params.json are rewritten
            ) -> list:       # the code-only copies
     "Check params.yaml; write it with its defaults to build/params.json, and the stages' code-only copies to build/nbs."
     from synthscale.params import check_study, params_json
-    keep_lock(study.dir)
     write_atomic(study.path('build', 'params.json'), params_json(check_study(study)))
     out, keep = study.path('build', 'nbs'), []
     for p in stage_notebooks(study.root/'nbs').values():
@@ -182,8 +180,7 @@ def cost(before,        # resource usage of children before the run
                 cores=os.cpu_count(), machine=platform.machine(), python=platform.python_version())
 
 # Words of the command line that are no stages; see below.
-TOOLS = ('prepare', 'check', 'why', 'plan', 'generate-shards', 'verify', 'train', 'doctor', 'repro', 'readme',
-         'refresh', 'new-study')
+TOOLS = ('prepare', 'check', 'why', 'plan', 'generate-shards', 'verify', 'train', 'readme', 'refresh', 'new-study')
 
 def _run_prepared(study, stage, nb, values, out):
     "Execute a prepared notebook; write it and what it cost."
@@ -204,7 +201,6 @@ def run_stage(stage: str,            # e.g. 'classify'
              ) -> Path:              # the executed notebook
     "Run one stage of a study strictly: its code-only notebook, with checked parameters, in the study's folder."
     study = Study(folder)
-    keep_lock(study.dir)
     every = stage_notebooks(study.root/'nbs')
     if stage not in every: raise StudyError(f"no stage {stage!r}{nearest(stage, [*every, *TOOLS])}")
     path = study.path('build', 'nbs', every[stage].name)
@@ -215,6 +211,45 @@ def run_stage(stage: str,            # e.g. 'classify'
     out = executed_path(study, stage, values)
     with one_writer(study.path('build', 'locks', f'{stage}-{out.name}.lock')):
         return _run_prepared(study, stage, nb, values, out)
+
+# %% ../nbs/00a_run.ipynb #9648cd80
+def lock_is_whole(text: str,       # of dvc.lock
+                  before: str,     # the same file before the stage ran, '' if there was none
+                  stage: str       # the stage that DVC has just written
+                 ) -> bool:
+    "Whether a rewritten dvc.lock has all of its stages, the last of them with its hashes: a cut file lacks its end."
+    try:
+        now, then = lock_stages(text), lock_stages(before)
+        outs = list(now.values())[-1]['outs']
+        whole = all(re.fullmatch(r'[0-9a-f]{32}(\.dir)?', o['md5']) and 'size' in o for o in outs)
+        return {*then, stage} <= set(now) and bool(outs) and whole
+    except Exception:
+        return False
+
+def guard_lock(folder,      # the study's folder
+               parent: int  # process id of dvc, who started this run
+              ):
+    "If DVC started this run: fork a process that puts dvc.lock back should dvc die while it writes it."
+    import psutil, time
+    stage, path = os.environ.get('DVC_STAGE'), Path(folder)/'dvc.lock'
+    if not stage or not hasattr(os, 'fork') or os.getppid() != parent: return
+    def text():
+        return path.read_text(errors='replace') if path.exists() else ''
+    before, dvc = text(), psutil.Process(parent)
+    if os.fork(): return
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in range(3):
+            os.dup2(null, fd)
+        while dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:
+            if text() != before and lock_is_whole(text(), before, stage): break
+            time.sleep(.05)
+        now = text()
+        if now != before and not lock_is_whole(now, before, stage):
+            write_atomic(path, before) if before else path.unlink()
+    finally:
+        os._exit(0)
 
 # %% ../nbs/00a_run.ipynb #52235e10
 def package_root() -> Path:
@@ -396,12 +431,6 @@ def check(study: Study    # the study
         print(f"{study.file}: nothing is wrong; {len(study.sets)} sets, {len(curves_of(study))} curves")
     return int(bool(found))
 
-def mend(study: Study    # the study
-        ) -> int:        # exit code
-    "Print what `doctor` has put right, or that nothing was damaged."
-    print('\n'.join(doctor(study.dir)) or f"{study.dir}: dvc.lock and DVC's own files are whole")
-    return 0
-
 def explain(study: Study,     # the study
             stage: str,       # e.g. classify@digits
             rev: str = ''     # a commit to compare with; '': the last run
@@ -455,8 +484,6 @@ def _tools():
     one.add_argument('curve')
     one.add_argument('--points', default='',
                      help="a:b, places in the list of the curve's points, for a job array (default: all)")
-    tool('doctor', 'put right what a killed dvc has left half-written', lambda a: mend(Study(a.study)))
-    tool('repro', "doctor and 'dvc repro', whose options it takes, with writes that a kill cannot cut", None)
     tool('readme', 'README.md from nbs/index.ipynb', lambda a: readme(a.study))
     tool('refresh', 'execute a notebook and keep its outputs', lambda a: refresh(a.notebook)).add_argument('notebook')
     tool('new-study', 'lay out a study folder', lambda a: new_study(a.folder)).add_argument('folder')
@@ -471,25 +498,27 @@ def _stage(argv):
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
                    help='a parameter of the notebook')
     p.add_argument('--study', default='.', help="the study's folder (default: here)")
-    a = p.parse_args(argv)
+    a, parent = p.parse_args(argv), os.getppid()
     given = dict(a.p)
     if given.get('curves'):
         print(run_alone(a.stage, given))
     else:
         run_stage(a.stage, given, a.study)
+    guard_lock(a.study, parent)
     return 0
 
 def main(argv=None    # command line, without the program's name
         ) -> int:     # exit code
     "synthscale STAGE [-p NAME VALUE ...], or one of the tools (synthscale --help)."
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, parent = list(sys.argv[1:] if argv is None else argv), os.getppid()
     if 'DVC_STAGE' in os.environ:
         die_with_parent()      # a run that a person started in the background may outlive the shell
     try:
         if argv and argv[0] not in TOOLS and not argv[0].startswith('-'): return _stage(argv)
-        if argv[:1] == ['repro']: return repro(argv[1:])
         a = _tools().parse_args(argv)
         code = a.run(a)
+        if a.command == 'prepare':
+            guard_lock(a.study, parent)
         return code if isinstance(code, int) else 0      # of a tool that made something: 0
     except StudyError as e:
         print(f'synthscale: {e}', file=sys.stderr)

@@ -99,6 +99,31 @@ def test_a_second_writer_waits(tmp_path):
     assert [p.returncode for p in ps] == [0, 0]
     assert (d/'log').read_text() == 'in out in out ' and 'waiting for another run of demo-demo' in said
 
+def test_dvc_killed_over_its_lock_file(tmp_path):
+    "A parent that behaves as dvc does: runs the stage, begins to rewrite dvc.lock, and is killed in the middle."
+    d = study(tmp_path, 'n')
+    old = "schema: '2.0'\nstages:\n  a:\n    cmd: x\n    outs:\n    - path: o\n      md5: "+'a'*32+"\n      size: 1\n"
+    (d/'dvc.lock').write_text(old)
+    code = """
+import subprocess, sys, time
+subprocess.run([sys.executable, '-m', 'synthscale.run', 'demo'], check=True)
+f = open('dvc.lock', 'w')
+f.write("schema: '2.0'\\nstag")
+f.flush()
+open('half', 'w')
+time.sleep(600)
+"""
+    env = environment() | {'PYTHONPATH': str(ROOT), 'DVC_STAGE': 'demo'}
+    p = subprocess.Popen([sys.executable, '-c', code], cwd=d, env=env)
+    wait_for((d/'half').exists, p)
+    assert 'stag' in (d/'dvc.lock').read_text()[-5:]
+    p.kill()
+    p.wait()
+    deadline = time.time()+WAIT
+    while (d/'dvc.lock').read_text() != old and time.time() < deadline:
+        time.sleep(.05)
+    assert (d/'dvc.lock').read_text() == old
+
 def test_every_stage_notebook_strips_to_code_that_compiles():
     for p in sorted((ROOT/'nbs').glob('*.ipynb')):
         nb = code_only(nbformat.read(p, 4), 'study')
