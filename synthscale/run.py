@@ -8,17 +8,18 @@ import argparse, json, os, re, shutil, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
 from filelock import FileLock, Timeout
+from .doctor import check_name, doctor, holder, keep_good, repro
 from .hashing import closure_hashes
-from .stages import (RUN_HEADING, code_only, live_notebook, lock_stages, modules_of, normalise,
-                               notebook_bytes, stage_notebooks, stage_of as stage_of, without_directives)
+from .stages import (RUN_HEADING, code_only, live_notebook, modules_of, normalise, notebook_bytes,
+                               stage_notebooks, stage_of as stage_of, without_directives)
 from .study import Study, StudyError, die_with_parent, file_sha256, nearest, repo_root, write_atomic
 import nbformat
 
 # %% auto #0
 __all__ = ['TOOLS', 'prepare', 'read_prepared', 'check_code', 'check_prepared', 'declared_parameters', 'typed_value',
-           'check_parameters', 'one_writer', 'executed_path', 'execute', 'cost', 'run_stage', 'lock_is_whole',
-           'guard_lock', 'package_root', 'run_alone', 'readme_text', 'refresh', 'readme', 'check_new', 'new_study',
-           'plan', 'generate_shards', 'verify', 'train', 'check', 'explain', 'main']
+           'check_parameters', 'one_writer', 'executed_path', 'execute', 'stage_key', 'cost', 'run_stage',
+           'package_root', 'run_alone', 'readme_text', 'refresh', 'readme', 'check_new', 'new_study', 'plan',
+           'generate_shards', 'verify', 'train', 'look', 'check', 'explain', 'main']
 
 # %% ../nbs/00a_run.ipynb #939b9f30
 def prepare(study: Study    # its build/nbs and build/params.json are rewritten
@@ -125,15 +126,25 @@ def one_writer(path,               # lock file
         try:
             lock.acquire(timeout=wait)
         except Timeout:
-            raise StudyError(f"{path.stem} is being written by another run (lock {path}); stop it, "
-                             "or wait for it") from None
+            raise StudyError(f"{path.stem} is being written by another run: {holder(path.with_suffix('.pid'))}; "
+                             "stop it, or wait for it") from None
     try:
+        write_atomic(path.with_suffix('.pid'), f'{os.getpid()}\n')
         yield
     finally:
         lock.release()
 
 # %% ../nbs/00a_run.ipynb #f02a57c0
 _QUIET = ['--IPKernelApp.log_level=40']     # a kernel's start-up advice is not part of a run; errors still are
+
+def _kernel_manager():
+    "What starts and ends kernels; Jupyter's own interrupts a kernel to end it, which the kernel reports as an error."
+    from jupyter_client.manager import AsyncKernelManager
+    class Manager(AsyncKernelManager):
+        async def _async_interrupt_kernel(self):
+            if self.shutting_down: return
+            await super()._async_interrupt_kernel()
+    return Manager
 
 def executed_path(study: Study,  # the study
                   stage: str,    # name of the stage
@@ -158,7 +169,8 @@ def execute(nb,             # code-only notebook
     try:
         pm.execute_notebook(
             str(source), str(failed), values, kernel_name='python3', cwd=str(cwd), progress_bar=False,
-            stderr_file=sys.stderr, start_timeout=300, extra_arguments=_QUIET)
+            stderr_file=sys.stderr, start_timeout=300, extra_arguments=_QUIET,
+            kernel_manager_class=_kernel_manager())
     except PapermillExecutionError as e:
         raise StudyError(f"{e.ename}: {e.evalue}\n(the notebook as far as it came: {failed})") from None
     finally:
@@ -166,6 +178,17 @@ def execute(nb,             # code-only notebook
     done = normalise(nbformat.read(failed, 4))
     failed.unlink()
     return done
+
+# %% ../nbs/00a_run.ipynb #ac7bf4c6
+def stage_key() -> str:
+    "The name of params.yaml that the stage is for which DVC runs: what is behind the @ of DVC_STAGE."
+    stage = os.environ.get('DVC_STAGE', '')
+    group, at, key = stage.removeprefix(f"{stage.partition('dvc.yaml:')[0]}dvc.yaml:").partition('@')
+    if not at:
+        raise StudyError("@ stands for the name of the stage that DVC runs, and DVC_STAGE has none: "
+                         "give the name itself, as in 'synthscale data -p name digits'")
+    check_name(key, f'params.yaml: the name of the stage {group}')
+    return key
 
 # %% ../nbs/00a_run.ipynb #c0000005
 def cost(before,        # resource usage of children before the run
@@ -180,7 +203,8 @@ def cost(before,        # resource usage of children before the run
                 cores=os.cpu_count(), machine=platform.machine(), python=platform.python_version())
 
 # Words of the command line that are no stages; see below.
-TOOLS = ('prepare', 'check', 'why', 'plan', 'generate-shards', 'verify', 'train', 'readme', 'refresh', 'new-study')
+TOOLS = ('prepare', 'repro', 'doctor', 'check', 'why', 'plan', 'generate-shards', 'verify', 'train', 'readme',
+         'refresh', 'new-study')
 
 def _run_prepared(study, stage, nb, values, out):
     "Execute a prepared notebook; write it and what it cost."
@@ -201,6 +225,7 @@ def run_stage(stage: str,            # e.g. 'classify'
              ) -> Path:              # the executed notebook
     "Run one stage of a study strictly: its code-only notebook, with checked parameters, in the study's folder."
     study = Study(folder)
+    keep_good(study)
     every = stage_notebooks(study.root/'nbs')
     if stage not in every: raise StudyError(f"no stage {stage!r}{nearest(stage, [*every, *TOOLS])}")
     path = study.path('build', 'nbs', every[stage].name)
@@ -211,45 +236,6 @@ def run_stage(stage: str,            # e.g. 'classify'
     out = executed_path(study, stage, values)
     with one_writer(study.path('build', 'locks', f'{stage}-{out.name}.lock')):
         return _run_prepared(study, stage, nb, values, out)
-
-# %% ../nbs/00a_run.ipynb #9648cd80
-def lock_is_whole(text: str,       # of dvc.lock
-                  before: str,     # the same file before the stage ran, '' if there was none
-                  stage: str       # the stage that DVC has just written
-                 ) -> bool:
-    "Whether a rewritten dvc.lock has all of its stages, the last of them with its hashes: a cut file lacks its end."
-    try:
-        now, then = lock_stages(text), lock_stages(before)
-        outs = list(now.values())[-1]['outs']
-        whole = all(re.fullmatch(r'[0-9a-f]{32}(\.dir)?', o['md5']) and 'size' in o for o in outs)
-        return {*then, stage} <= set(now) and bool(outs) and whole
-    except Exception:
-        return False
-
-def guard_lock(folder,      # the study's folder
-               parent: int  # process id of dvc, who started this run
-              ):
-    "If DVC started this run: fork a process that puts dvc.lock back should dvc die while it writes it."
-    import psutil, time
-    stage, path = os.environ.get('DVC_STAGE'), Path(folder)/'dvc.lock'
-    if not stage or not hasattr(os, 'fork') or os.getppid() != parent: return
-    def text():
-        return path.read_text(errors='replace') if path.exists() else ''
-    before, dvc = text(), psutil.Process(parent)
-    if os.fork(): return
-    try:
-        os.setsid()
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in range(3):
-            os.dup2(null, fd)
-        while dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:
-            if text() != before and lock_is_whole(text(), before, stage): break
-            time.sleep(.05)
-        now = text()
-        if now != before and not lock_is_whole(now, before, stage):
-            write_atomic(path, before) if before else path.unlink()
-    finally:
-        os._exit(0)
 
 # %% ../nbs/00a_run.ipynb #52235e10
 def package_root() -> Path:
@@ -303,7 +289,7 @@ def refresh(path    # a notebook in nbs/
     nb = nbformat.read(path, 4)
     ids, tags = [c.id for c in nb.cells], [c.metadata.get('tags') for c in nb.cells]
     NotebookClient(nb, timeout=1200, kernel_name='python3', extra_arguments=_QUIET,
-                   resources={'metadata': {'path': str(path.parent)}}).execute()
+                   kernel_manager_class=_kernel_manager(), resources={'metadata': {'path': str(path.parent)}}).execute()
     kernelspec = nb.metadata.kernelspec
     normalise(nb)
     for c, i, t in zip(nb.cells, ids, tags):
@@ -419,6 +405,12 @@ def train(study: Study,       # the study
     print(f"{curve}: {n} of {of} points are trained; 'dvc repro' makes the curve of them")
     return 0
 
+def look(study: Study    # the study
+        ) -> int:        # exit code
+    "Print what a killed DVC had left half-written and is right now, or that nothing is wrong."
+    print('\n'.join(doctor(study)) or 'dvc.lock and DVC\'s list of running stages: nothing is cut')
+    return 0
+
 def check(study: Study    # the study
          ) -> int:        # exit code
     "Print everything that is wrong or missing in params.yaml, or that nothing is."
@@ -442,6 +434,12 @@ def explain(study: Study,     # the study
     return 0
 
 # %% ../nbs/00a_run.ipynb #c0000010
+def _prepare(study):
+    "The stage `prepare`, one at a time."
+    keep_good(study)
+    with one_writer(study.path('build', 'locks', 'prepare.lock')):
+        return prepare(study)
+
 def _options(*flags, parent=None, **how):
     "A parser of one option, to be shared by several tools."
     p = argparse.ArgumentParser(add_help=False, parents=[parent] if parent else [])
@@ -463,7 +461,9 @@ def _tools():
         one.set_defaults(run=run)
         return one
     tool('prepare', 'first stage of the pipeline: params.yaml checked and complete, notebooks as code',
-         lambda a: prepare(Study(a.study)))
+         lambda a: _prepare(Study(a.study)))
+    tool('repro', "'dvc repro' (all its options), that a kill at any moment does no harm to", lambda a: None)
+    tool('doctor', 'put right what a killed DVC left half-written', lambda a: look(Study(a.study)))
     tool('check', 'print everything that is wrong in params.yaml', lambda a: check(Study(a.study)))
     one = tool('why', 'print what makes a stage stale', lambda a: explain(Study(a.study), a.stage, a.rev))
     one.add_argument('stage', help='as DVC calls it, e.g. classify@digits')
@@ -498,27 +498,32 @@ def _stage(argv):
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
                    help='a parameter of the notebook')
     p.add_argument('--study', default='.', help="the study's folder (default: here)")
-    a, parent = p.parse_args(argv), os.getppid()
-    given = dict(a.p)
+    a = p.parse_args(argv)
+    given = {k: stage_key() if v == '@' else v for k, v in a.p}
     if given.get('curves'):
         print(run_alone(a.stage, given))
     else:
         run_stage(a.stage, given, a.study)
-    guard_lock(a.study, parent)
     return 0
+
+def _repro(argv):
+    "`synthscale repro`: all arguments but --study go to `dvc repro`."
+    p = argparse.ArgumentParser('synthscale repro', add_help=False, allow_abbrev=False)
+    p.add_argument('--study', default='.')
+    a, args = p.parse_known_args(argv)
+    return repro(args, a.study)
 
 def main(argv=None    # command line, without the program's name
         ) -> int:     # exit code
     "synthscale STAGE [-p NAME VALUE ...], or one of the tools (synthscale --help)."
-    argv, parent = list(sys.argv[1:] if argv is None else argv), os.getppid()
+    argv = list(sys.argv[1:] if argv is None else argv)
     if 'DVC_STAGE' in os.environ:
         die_with_parent()      # a run that a person started in the background may outlive the shell
     try:
+        if argv[:1] == ['repro']: return _repro(argv[1:])
         if argv and argv[0] not in TOOLS and not argv[0].startswith('-'): return _stage(argv)
         a = _tools().parse_args(argv)
         code = a.run(a)
-        if a.command == 'prepare':
-            guard_lock(a.study, parent)
         return code if isinstance(code, int) else 0      # of a tool that made something: 0
     except StudyError as e:
         print(f'synthscale: {e}', file=sys.stderr)
