@@ -4,11 +4,11 @@
 
 # %% ../nbs/00e_hashing.ipynb #a1000004
 from __future__ import annotations
-import ast, functools, hashlib
+import ast, copy, functools, hashlib
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['canonical', 'code_hash', 'package_data', 'imported', 'data_files', 'closure', 'closure_hashes']
+__all__ = ['canonical', 'code_hash', 'code_text', 'package_data', 'imported', 'data_files', 'closure', 'closure_hashes']
 
 # %% ../nbs/00e_hashing.ipynb #a1000007
 _SOME_VERSIONS = ('type_params', 'kind', 'type_comment')      # fields of some versions of Python, empty in this code
@@ -49,6 +49,63 @@ def code_hash(source: str    # of a module
     tree = _WithoutDocstrings().visit(ast.parse(source))
     return hashlib.sha256(str(canonical(tree)).encode()).hexdigest()
 
+# %% ../nbs/00e_hashing.ipynb #cd53db1a
+_QUOTES = ("'", '"', "'''", '"""')
+_MARK = 'f_string_{}_of_this_code'     # stands for an f-string until the rest is written
+
+def _pieces(values, strings):
+    "The inside of an f-string: literal text as (True, text), what is filled in as (False, code)."
+    for v in values:
+        if isinstance(v, ast.Constant):
+            yield True, v.value.replace('{', '{{').replace('}', '}}')
+            continue
+        code = _unparse(v.value, strings)
+        how = f'!{chr(v.conversion)}' if v.conversion != -1 else ''
+        yield False, f"{{{' ' if code.startswith('{') else ''}{code}{how}"
+        if v.format_spec is not None:
+            yield False, ':'
+            yield from _pieces(v.format_spec.values, strings)
+        yield False, '}'
+
+def _escaped(text, quote):
+    "Literal text as it is written between quotes."
+    single = repr('"'+text)[2:-1]               # with a double quote in it, a text is written in single quotes
+    return single.replace("\\'", "'").replace(quote, '\\'+quote)
+
+def _write_f_string(node, strings):
+    "The text of an f-string in the first quotes that do not occur inside what it fills in."
+    parts = list(_pieces(node.values, strings))
+    inside, words = (''.join(t for literal, t in parts if literal == kind) for kind in (False, True))
+    free = [q for q in _QUOTES if q not in inside and '\\' not in inside and '\n' not in inside]
+    if not free: raise ValueError(f'{inside}: no text that every Python reads has this in an f-string; name it first')
+    quotes = sorted(free, key=lambda q: q in words)[0]
+    return f"f{quotes}{''.join(_escaped(t, quotes[0]) if literal else t for literal, t in parts)}{quotes}"
+
+class _NamedStrings(ast.NodeTransformer):
+    "Puts a name in the place of each f-string, and its text into a dict."
+    def __init__(self, strings): self.strings = strings
+
+    def visit_JoinedStr(self, node):
+        name = _MARK.format(len(self.strings))
+        self.strings[name] = ''                      # an f-string inside this one gets the next number
+        self.strings[name] = _write_f_string(node, self.strings)
+        return ast.Name(name, ast.Load())
+
+def _unparse(tree, strings):
+    "The text of a syntax tree."
+    text = ast.unparse(_NamedStrings(strings).visit(copy.deepcopy(tree)))
+    for name in reversed(list(strings)):
+        text = text.replace(name, strings[name])
+    return text
+
+def code_text(source: str    # of a cell
+             ) -> str:
+    "A cell's code without comments, in one layout that is the same on every supported version of Python."
+    tree = ast.parse(source)
+    text = _unparse(tree, {})
+    if canonical(ast.parse(text)) != canonical(tree): raise ValueError(f'{text}: not the same code as {source}')
+    return text
+
 # %% ../nbs/00e_hashing.ipynb #a1000011
 _PACKAGE = 'synthscale'
 _LESSONS = ('smoke', 'random_pipelines')     # what lessons and tests run on; a stage of a study reaches neither
@@ -83,6 +140,16 @@ def data_files(source: str    # of a module
     calls = [n for n in calls if getattr(n.func, 'id', '') == 'package_data']
     return sorted({n.args[0].value for n in calls if n.args and isinstance(n.args[0], ast.Constant)})
 
+@functools.lru_cache(maxsize=None)
+def _reads(path, stamp):
+    "What a module imports and the data files that it reads, found once as long as it is not written again."
+    source = Path(path).read_text(encoding='utf-8')
+    return imported(source), data_files(source)
+
+def _of_module(path):
+    "What a module imports, and the data files that it reads."
+    return _reads(str(path), path.stat().st_mtime_ns)
+
 def closure(modules,    # names to begin with
             folder      # the package's
            ) -> list:   # names, sorted
@@ -93,7 +160,7 @@ def closure(modules,    # names to begin with
         path = Path(folder)/f'{m}.py'
         if m in found or not path.exists(): continue
         found.add(m)
-        todo += [i for i in imported(path.read_text(encoding='utf-8')) if i not in _LESSONS]
+        todo += [i for i in _of_module(path)[0] if i not in _LESSONS]
     return sorted(found)
 
 # %% ../nbs/00e_hashing.ipynb #a1000014
@@ -110,7 +177,7 @@ def closure_hashes(modules,    # names to begin with
     folder, files = Path(folder), {}
     for m in closure(modules, folder):
         files[m] = folder/f'{m}.py'
-        files |= {f: folder/'tables'/f for f in data_files(files[m].read_text(encoding='utf-8'))}
+        files |= {f: folder/'tables'/f for f in _of_module(files[m])[1]}
     lost = [f for f, p in files.items() if not p.exists()]
     if lost: raise FileNotFoundError(f'{files[lost[0]]}: a module reads this data file, which is not in the package')
     return {k: _file_hash(str(p), p.stat().st_mtime_ns) for k, p in sorted(files.items())}

@@ -10,7 +10,7 @@ sys.modules.setdefault('rfc3987_syntax', None)     # a grammar that jsonschema w
 import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
 from ruamel.yaml import YAML
-from .hashing import closure_hashes, imported
+from .hashing import closure_hashes, code_text, imported
 
 # %% auto #0
 __all__ = ['RUN_HEADING', 'normalise', 'notebook_bytes', 'without_directives', 'plain_code', 'is_imports', 'modules_of',
@@ -49,7 +49,7 @@ def without_directives(source: str    # source of a code cell
 def plain_code(source: str    # source of a code cell
               ) -> str:
     "A cell's code without comments, in one layout: another layout of the same code is the same text."
-    return ast.unparse(ast.parse(without_directives(source)))
+    return code_text(without_directives(source))
 
 def is_imports(source: str    # source of a code cell
               ) -> bool:

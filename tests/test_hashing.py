@@ -1,9 +1,9 @@
 "Hashes of what code means: layout and words do not count, everything else does; the same on every Python."
-import ast, random, subprocess, sys, textwrap
+import ast, hashlib, random, shutil, subprocess, sys, textwrap
 import pytest
 from hypothesis import given, strategies as st
 from conftest import ROOT
-from synthscale.hashing import closure, closure_hashes, code_hash, data_files, imported
+from synthscale.hashing import canonical, closure, closure_hashes, code_hash, code_text, data_files, imported
 
 MODULES = sorted(p for p in (ROOT/'synthscale').glob('[!_]*.py'))
 
@@ -57,6 +57,41 @@ SAMPLE_HASH = '5abd63b2608d27ac5e661c729100d11996c71a88996ee0a3162c13cbb2c20ce1'
 def test_the_hash_is_a_constant():
     "Computed with Python 3.11; 3.12 and later must find the same, or a colleague's study would be stale."
     assert code_hash(SAMPLE) == SAMPLE_HASH
+
+F_STRINGS = {      # code -> its one text: Python 3.12 and later would write some with the outer quotes inside
+    """f'{d["a"]}'""": """f"{d['a']}\"""", """f"{d['a']}" """: """f"{d['a']}\"""", "f'{x}'  # a remark": "f'{x}'",
+    """f"it's {x!r:>{w}}" """: """f"it's {x!r:>{w}}\"""", """f'{f"{y}"}z'""": """f"{f'{y}'}z\"""",
+    "f'{ {1: 2}[1] }'": "f'{ {1: 2}[1]}'", "f'{x=}'": "f'x={x!r}'", "f'{{{x}}}'": "f'{{{x}}}'",
+    "f\"{a['x']} {b[\'\'\'y\'\'\']} it's\"": 'f"{a[\'x\']} {b[\'y\']} it\'s"',
+    "g(f'{a}' 'b' f'{c}')": "g(f'{a}b{c}')",
+    "f'{x:%Y-%m}\\n'": "f'{x:%Y-%m}\\n'",
+    "(n)": "n"}
+
+@pytest.mark.parametrize('source', F_STRINGS)
+def test_code_has_one_text(source):
+    assert code_text(source) == F_STRINGS[source]
+    assert code_text(code_text(source)) == code_text(source)
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: p.stem)
+def test_the_text_of_a_module_is_the_same_code(path):
+    source = path.read_text()
+    assert canonical(ast.parse(code_text(source))) == canonical(ast.parse(source))
+
+def runs(python):
+    "Whether a command is a Python that runs; a version manager has commands that only say what to install."
+    return bool(shutil.which(python)) and subprocess.run([python, '-c', ''], capture_output=True).returncode == 0
+
+OTHERS = [p for p in (f'python3.{n}' for n in range(11, 15) if n != sys.version_info.minor) if runs(p)]
+
+@pytest.mark.skipif(not OTHERS, reason='no other Python is on the path')
+@pytest.mark.parametrize('python', OTHERS)
+def test_another_python_writes_the_same_text_of_every_module(python):
+    code = ("import hashlib, sys; sys.path.insert(0, sys.argv[1]); from hashing import code_text\n"
+            "for p in sys.argv[2:]:\n"
+            "    print(hashlib.sha256(code_text(open(p, encoding='utf-8').read()).encode()).hexdigest())")
+    run = subprocess.run([python, '-W', 'ignore', '-c', code, str(ROOT/'synthscale'), *map(str, MODULES)],
+                         capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [hashlib.sha256(code_text(p.read_text()).encode()).hexdigest() for p in MODULES]
 
 def test_imports_of_every_form_are_found():
     source = textwrap.dedent('''
