@@ -179,7 +179,7 @@ def execute(nb,             # code-only notebook
     failed.unlink()
     return done
 
-# %% ../nbs/00a_run.ipynb #ac7bf4c6
+# %% ../nbs/00a_run.ipynb #2be52d79
 def stage_key() -> str:
     "The name of params.yaml that the stage is for which DVC runs: what is behind the @ of DVC_STAGE."
     stage = os.environ.get('DVC_STAGE', '')
@@ -324,7 +324,8 @@ def check_new(folder,   # absolute path of the study's folder
         raise StudyError(f"{folder}: a study is inside the repository {root}, usually in studies/")
     inside = subprocess.run(['git', 'rev-parse', '--is-inside-work-tree'], cwd=root, capture_output=True, text=True)
     if inside.returncode:
-        raise StudyError(f"{root}: not a git repository; a study is versioned by git and DVC: run 'git init' first")
+        raise StudyError(f"{root}: not a git repository (a downloaded zip is none); a study is versioned by git and "
+                         "DVC: run 'git init' first")
 
 def new_study(folder,        # studies/NAME inside a clone of this repository
               root=None      # the clone; default: the one this package was imported from
@@ -335,7 +336,8 @@ def new_study(folder,        # studies/NAME inside a clone of this repository
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(root/'dvc.yaml', folder/'dvc.yaml')
     text = re.sub(r'^root: \S+', f'root: {os.path.relpath(root, folder)}', (root/'params.yaml').read_text(), flags=re.M)
-    (folder/'params.yaml').write_text(re.sub(r'^(  name: )\S+', rf'\g<1>{folder.name}', text, count=1, flags=re.M))
+    named = re.sub(r'^(  name: )\S+', rf'\g<1>"{folder.name}"', text, count=1, flags=re.M)     # 2026 would be a number
+    (folder/'params.yaml').write_text(named)
     (folder/'.gitignore').write_text(_IGNORED)
     subprocess.run([sys.executable, '-m', 'dvc', 'init', '--subdir', '-q'], cwd=folder, check=True)
     shutil.copy(root/'.dvcignore', folder/'.dvcignore')

@@ -57,7 +57,7 @@ class Section(BaseModel):
 
 # Ident is used in names of stages and in paths: no slash, no space. DVC looks a Key up as section.key: no dot either.
 Ident = Annotated[str, Field(pattern=r'^[A-Za-z0-9_.+-]+$', max_length=80)]
-Key = Annotated[str, Field(pattern=r'^[A-Za-z0-9_+-]+$', max_length=80)]
+Key = Annotated[str, Field(pattern=r'^[A-Za-z0-9_+][A-Za-z0-9_+-]*$', max_length=80)]      # -h would be an option
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]

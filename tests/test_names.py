@@ -3,6 +3,7 @@ import re, subprocess, sys
 import pytest
 from conftest import ROOT, copy_repo, dump, environment, load, sh
 from synthscale.doctor import check_names
+from synthscale.run import main, stage_key
 from synthscale.smoke import smoke_params
 from synthscale.study import Study, StudyError
 
@@ -66,3 +67,24 @@ def test_repro_refuses_them_before_dvc_starts(place, name):
     section[name] = {}
     with pytest.raises(StudyError, match='a name: letters, digits'):
         check_names(Study('.', raw))
+
+@pytest.mark.parametrize('name', ['-h', '--study', '-', 'a b', ''])
+@pytest.mark.parametrize('place', sorted({*FOREACH.values(), 'recipes'}))
+def test_params_yaml_refuses_them(place, name):
+    p = section = smoke_params()
+    for part in place.split('.'):
+        section = section[part]
+    section[name] = next(iter(section.values()))
+    with pytest.raises(StudyError, match=re.escape(repr(name))):
+        getattr(Study('.', p), place.split('.')[0])
+
+def test_a_name_is_handed_over_by_dvc_or_given(monkeypatch, capsys):
+    monkeypatch.delenv('DVC_STAGE', raising=False)
+    assert main(['data', '-p', 'name', '@']) == 1
+    assert 'give the name itself' in capsys.readouterr().err
+    for stage in ('data@a.b', 'data@', 'data', '../dvc.yaml:data@$(x)'):
+        monkeypatch.setenv('DVC_STAGE', stage)
+        with pytest.raises(StudyError):
+            stage_key()
+    monkeypatch.setenv('DVC_STAGE', '../../my studies/dvc.yaml:classify_sources@styles_g7-5')
+    assert stage_key() == 'styles_g7-5'

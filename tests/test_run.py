@@ -1,10 +1,11 @@
 "The runner: strict parameters, equal bytes, one writer, and nobody who outlives it."
-import signal, subprocess, sys, time
-import nbformat, psutil, pytest
+import os, shutil, signal, subprocess, sys, time
+import nbformat, psutil, pytest, yaml
 from nbformat.v4 import new_code_cell, new_notebook
+from ruamel.yaml import YAML
 from conftest import ROOT, WAIT, dump, environment, sh
 from synthscale.params import params_json
-from synthscale.run import main, new_study, run_alone
+from synthscale.run import main, new_study, one_writer, run_alone
 from synthscale.smoke import smoke_params
 from synthscale.stages import RUN_HEADING, code_only, normalise, notebook_bytes
 from synthscale.study import Study, StudyError
@@ -99,30 +100,17 @@ def test_a_second_writer_waits(tmp_path):
     assert [p.returncode for p in ps] == [0, 0]
     assert (d/'log').read_text() == 'in out in out ' and 'waiting for another run of demo-demo' in said
 
-def test_dvc_killed_over_its_lock_file(tmp_path):
-    "A parent that behaves as dvc does: runs the stage, begins to rewrite dvc.lock, and is killed in the middle."
+def test_two_runs_by_hand_one_of_which_gives_up_says_who_holds_it(tmp_path):
+    with one_writer(tmp_path/'x.lock'):
+        with pytest.raises(StudyError, match=f'another run: process {os.getpid()} .*stop it, or wait'):
+            with one_writer(tmp_path/'x.lock', wait=.1):
+                pass
+
+def test_a_run_says_nothing_but_what_it_has_to_say(tmp_path):
+    "Not that its kernel was interrupted when it was ended."
     d = study(tmp_path, 'n')
-    old = "schema: '2.0'\nstages:\n  a:\n    cmd: x\n    outs:\n    - path: o\n      md5: "+'a'*32+"\n      size: 1\n"
-    (d/'dvc.lock').write_text(old)
-    code = """
-import subprocess, sys, time
-subprocess.run([sys.executable, '-m', 'synthscale.run', 'demo'], check=True)
-f = open('dvc.lock', 'w')
-f.write("schema: '2.0'\\nstag")
-f.flush()
-open('half', 'w')
-time.sleep(600)
-"""
-    env = environment() | {'PYTHONPATH': str(ROOT), 'DVC_STAGE': 'demo'}
-    p = subprocess.Popen([sys.executable, '-c', code], cwd=d, env=env)
-    wait_for((d/'half').exists, p)
-    assert 'stag' in (d/'dvc.lock').read_text()[-5:]
-    p.kill()
-    p.wait()
-    deadline = time.time()+WAIT
-    while (d/'dvc.lock').read_text() != old and time.time() < deadline:
-        time.sleep(.05)
-    assert (d/'dvc.lock').read_text() == old
+    said = [sh([sys.executable, '-m', 'synthscale.run', 'demo', '--study', str(d)], ROOT) for _ in range(3)]
+    assert said == ['', '', '']
 
 def test_every_stage_notebook_strips_to_code_that_compiles():
     for p in sorted((ROOT/'nbs').glob('*.ipynb')):
@@ -141,6 +129,7 @@ def clone(tmp_path):
     (root/'studies').mkdir(parents=True)
     for name in ('dvc.yaml', 'params.yaml', '.dvcignore'):
         (root/name).write_bytes((ROOT/name).read_bytes())
+    shutil.copytree(ROOT/'.dvc'/'plots', root/'.dvc'/'plots')
     sh('git init -q', root)
     return root
 
@@ -171,6 +160,21 @@ def test_a_study_that_cannot_be_laid_out_is_refused(clone, place, words):
     with pytest.raises(StudyError, match=words):
         new_study(folder, clone)
     assert everything(clone.parent) == before
+
+@pytest.mark.parametrize('name', ['2026', '1e3', 'on', 'null', '0x10', '0o17', '2026-11-26', 'true', 'No', '_1',
+                                  '1_000', '+1', '-1', 'mine'])
+def test_a_name_that_yaml_takes_for_something_else_stays_a_name(clone, name):
+    d = new_study(clone/'studies'/name, clone)
+    assert Study(d).study.name == name and Study(d).root == clone
+    for loader in (yaml.safe_load, YAML(typ='safe').load):              # YAML 1.1, and 1.2 as DVC reads it
+        assert loader((d/'params.yaml').read_text())['study']['name'] == name
+
+@pytest.mark.parametrize('name', ['~', '{}', '.inf', "it's", '1:30'])
+def test_other_names_are_refused_before_anything_is_written(clone, name):
+    before = everything(clone)
+    with pytest.raises(StudyError, match='expected letters, digits'):
+        new_study(clone/'studies'/name, clone)
+    assert everything(clone) == before
 
 def test_a_study_outside_of_git_is_refused(clone):
     sh('rm -rf .git', clone)
