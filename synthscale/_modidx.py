@@ -142,6 +142,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'synthscale.doctor._AtomicOpen.open': ('doctor.html#_atomicopen.open', 'synthscale/doctor.py'),
                                    'synthscale.doctor._alone': ('doctor.html#_alone', 'synthscale/doctor.py'),
                                    'synthscale.doctor._atomic_dump': ('doctor.html#_atomic_dump', 'synthscale/doctor.py'),
+                                   'synthscale.doctor._check_git': ('doctor.html#_check_git', 'synthscale/doctor.py'),
                                    'synthscale.doctor._committed': ('doctor.html#_committed', 'synthscale/doctor.py'),
                                    'synthscale.doctor._damage_at_rest': ('doctor.html#_damage_at_rest', 'synthscale/doctor.py'),
                                    'synthscale.doctor._dvc_lock': ('doctor.html#_dvc_lock', 'synthscale/doctor.py'),

@@ -1,12 +1,13 @@
-"""DVC killed at any moment, its own writes among them: `synthscale doctor` and `synthscale repro` go on, without a hand,
-to the same bytes. Every kill is SIGKILL of the whole process group. As a program: `python tests/test_kills.py REPO`
-runs the campaign on copies of a finished smoke study and prints its counts as one JSON line."""
+"""DVC killed at any moment, its own writes among them: `synthscale doctor` and `synthscale repro` go on, without a
+hand, to the same bytes. Every kill is SIGKILL of the whole process group. As a program: `python tests/test_kills.py
+REPO FOLDER` runs the campaign on copies of a finished smoke study and prints its counts as one JSON line."""
 import json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest
 from conftest import WAIT, environment, load, ran, sh
 from ruamel.yaml import YAML
-from synthscale.doctor import cut, damage, dvc_files, good_copy, keep_good
+from synthscale.doctor import cut, damage, doctor, good_copy, keep_good, repro
+from synthscale.run import one_writer
 from synthscale.study import Study, StudyError
 
 SYNTHSCALE = [sys.executable, '-m', 'synthscale.run']
@@ -15,7 +16,7 @@ MADE = ('build', 'runs', 'sets', 'models', 'evaluators', 'results', 'figures', '
 SAME = ('runs/classify/digits.ipynb', 'runs/laws/laws.ipynb', 'sets/rendered/manifest.parquet',
         'sets/names_g2/manifest.parquet', 'results/headline.json')
 
-# `dvc` that kills its process group in the middle of one write: of the file named, the n-th time, after so many letters.
+# `dvc` that kills its process group in the middle of a write: of the file named, the n-th time, after so many letters.
 TORN = """
 import os, signal, sys
 from dvc_objects.fs.base import FileSystem
@@ -96,7 +97,7 @@ def one_kill(d, kind, rng):
     sh([*SYNTHSCALE, 'doctor'], d)
     cmd, seconds = [sys.executable, '-m', 'dvc', 'repro'], rng.uniform(2, 14)
     if kind in ('dvc.lock', 'rwlock'):
-        letters = rng.choice([1, 1, 30, 200, 900, 3000]) if kind == 'dvc.lock' else rng.choice([1, 1, 12])
+        letters = rng.choice([0, 1, 30, 200, 900, 3000]) if kind == 'dvc.lock' else rng.choice([0, 1, 12])
         cmd, seconds = [sys.executable, '-c', TORN, kind, str(rng.randint(1, 3)), str(letters), 'repro'], None
     was, said = killed(d, cmd, seconds)
     return was, state(d), said
@@ -124,6 +125,157 @@ def forget(d, stages):
     for p in ('build/dvc.lock.good', '.dvc/cache/runs', 'results'):
         p = d/p
         shutil.rmtree(p) if p.is_dir() else p.unlink()
+
+# ---- what a cut file is, and what none is
+
+LOCK = """schema: '2.0'
+stages:
+  prepare:
+    cmd: python -m synthscale.run prepare
+    deps:
+    - path: ./nbs
+      hash: md5
+      md5: f1b97b283843319615db730b193b8308.dir
+      size: 893348
+      nfiles: 28
+    outs:
+    - path: build/nbs
+      hash: md5
+      md5: ce671b51c82f157e4e6e18f1a32548ba.dir
+      size: 25594
+      nfiles: 12
+    - path: build/params.json
+      hash: md5
+      md5: 51cb933f2a649eab314021bb7d2b1e2b
+      size: 12469
+  data@digits:
+    cmd: python -m synthscale.run data -p name @
+    params:
+      build/params.json:
+        study:
+          note: "a long text that goes on
+            in the next line"
+    outs:
+    - path: sets/digits
+      hash: md5
+      md5: 1a5e3cf6b682d464ab91bc824be65d72.dir
+      size: 2591
+      nfiles: 3
+"""
+OUTS = {'prepare': 2, 'data': 1}
+DATA = """outs:
+- md5: 1a5e3cf6b682d464ab91bc824be65d72.dir
+  size: 2591
+  nfiles: 3
+  hash: md5
+  path: data
+"""
+NEW = LOCK.replace('12469', '12470')               # prepare ran again: what is cut is no beginning of the copy
+
+@pytest.mark.parametrize('text, outs', [(LOCK, OUTS), (NEW, OUTS), (DATA, {})], ids=['same', 'changed', '.dvc'])
+def test_a_file_is_cut_wherever_it_is_cut(text, outs):
+    good = LOCK if 'schema' in text else text
+    assert not cut(text, good, outs) and not cut(text, '', outs)
+    assert [n for n in range(len(text)) if not cut(text[:n], good, outs)] == []
+    assert cut('\0'*4096, good, outs) and cut(text[:100]+'\0'*100, good, outs)      # as a power failure leaves it
+
+def study(tmp_path, text, good=None):
+    "A study with a dvc.lock, in a git and DVC repository, and a copy of the lock that a stage has kept."
+    sh('git init -q && dvc init -q', tmp_path)
+    (tmp_path/'dvc.yaml').write_text("stages:\n  prepare: {cmd: x, outs: [build/nbs, build/params.json]}\n")
+    s = Study(tmp_path, {})
+    if good is not None:
+        (tmp_path/'build').mkdir()
+        good_copy(tmp_path/'dvc.lock').write_text(good)
+    if text is not None:
+        (tmp_path/'dvc.lock').write_text(text)
+    return s
+
+@pytest.mark.parametrize('n', [0, 1, 200, 505, len(LOCK)-1])
+def test_the_copy_is_put_back_and_the_damage_kept(tmp_path, n):
+    s = study(tmp_path, NEW[:n], LOCK)
+    with pytest.raises(StudyError, match='synthscale doctor'):
+        keep_good(s)                                               # a stage stops, and leaves the copy as it is
+    assert len(doctor(s)) == 1
+    assert (tmp_path/'dvc.lock').read_text() == LOCK
+    assert (tmp_path/'build'/'dvc.lock.damaged').read_text() == NEW[:n]
+    assert doctor(s) == []
+
+def test_with_no_copy_the_last_commit_serves_and_else_dvc_begins_anew(tmp_path):
+    s = study(tmp_path, LOCK)
+    sh('git add -A && git commit -qm lock', tmp_path)
+    (tmp_path/'dvc.lock').write_text(NEW[:300])
+    assert 'the last commit' in doctor(s)[0] and (tmp_path/'dvc.lock').read_text() == LOCK
+    sh('git rm -q --cached dvc.lock && git commit -qm none', tmp_path)
+    (tmp_path/'dvc.lock').write_text(NEW[:300])
+    assert 'no whole copy' in doctor(s)[0] and not (tmp_path/'dvc.lock').exists()
+    keep_good(s)                                                   # what is kept now is that there is none
+    (tmp_path/'dvc.lock').write_text('')
+    assert 'none before' in doctor(s)[0] and not (tmp_path/'dvc.lock').exists()
+
+def test_a_damaged_copy_is_not_believed(tmp_path):
+    s = study(tmp_path, LOCK[:50], LOCK[:400])
+    assert 'no whole copy' in doctor(s)[0]
+
+def test_what_is_whole_or_wrong_in_another_way_is_left(tmp_path):
+    s, lock = study(tmp_path, LOCK, LOCK), tmp_path/'dvc.lock'
+    shorter = LOCK[:LOCK.index('  data@digits')]
+    lock.write_text(shorter)
+    sh('git add dvc.lock && git commit -qm old', tmp_path)
+    assert doctor(s) == [] and lock.read_text() == shorter         # an older commit, checked out
+    conflict = '<<<<<<< HEAD\n'+LOCK+'=======\n'+NEW+'>>>>>>> other\n'
+    lock.write_text(conflict)
+    with pytest.raises(StudyError, match='does not parse, and not because it was cut'):
+        doctor(s)
+    keep_good(s)
+    assert lock.read_text() == conflict and good_copy(lock).read_text() == LOCK
+    lock.unlink()
+    assert doctor(s) == [] and not lock.exists()                   # somebody removed it
+
+@pytest.mark.parametrize('text', ['', '{', '{"write": {"a": {"pid"', '[]', 'null', '{"write": []}', '{"other": 1}'])
+def test_a_torn_rwlock_goes(tmp_path, text):
+    s = study(tmp_path, None)
+    rwlock = tmp_path/'.dvc'/'tmp'/'rwlock'
+    rwlock.write_text(text)
+    assert len(doctor(s)) == 1 and not rwlock.exists() and doctor(s) == []
+
+def test_an_entry_of_another_program_with_the_same_number_goes(tmp_path):
+    s = study(tmp_path, None)
+    other = subprocess.Popen(['sleep', '600'])
+    try:
+        entry = {'pid': other.pid, 'cmd': 'dvc repro'}
+        (tmp_path/'.dvc'/'tmp'/'rwlock').write_text(json.dumps({'write': {'x': entry}, 'read': {'y': [entry]}}))
+        assert len(doctor(s)) == 1
+        assert json.loads((tmp_path/'.dvc'/'tmp'/'rwlock').read_text()) == {'write': {}, 'read': {}}
+    finally:
+        other.kill()
+        other.wait()
+
+def test_the_doctor_says_who_is_at_work(tmp_path):
+    s = study(tmp_path, '', LOCK)
+    code = ("import sys, time, zc.lockfile\nx = zc.lockfile.LockFile('.dvc/tmp/lock')\nprint(1, flush=True)\n"
+            "time.sleep(600)")
+    other = subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        with pytest.raises(StudyError, match=f'DVC is at work in .*: process {other.pid}'):
+            doctor(s, wait=.5)
+    finally:
+        other.kill()
+        other.wait()
+    with one_writer(tmp_path/'build'/'locks'/'laws-laws.lock'):
+        with pytest.raises(StudyError, match='laws-laws is running'):
+            doctor(s, wait=.5)
+    assert len(doctor(s)) == 1
+
+def test_a_study_without_git_is_told_what_to_do(tmp_path):
+    s = study(tmp_path, None)
+    shutil.rmtree(tmp_path/'.git')
+    (tmp_path/'params.yaml').write_text('study: {}\n')
+    with pytest.raises(StudyError, match="'dvc config core.no_scm true'"):
+        repro([], s.dir)
+
+# ---- the whole pipeline
 
 KINDS = ['dvc']*10+['synthscale']*8+['dvc.lock']*8+['rwlock']*4         # 30 kills, 12 aimed at DVC's own writes
 

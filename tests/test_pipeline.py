@@ -121,6 +121,7 @@ def forget(d, stages):
     with open(d/'dvc.lock', 'w') as f:
         YAML().dump(lock, f)
     shutil.rmtree(d/'.dvc'/'cache'/'runs', ignore_errors=True)
+    (d/'build'/'dvc.lock.good').unlink(missing_ok=True)       # the copy would say that the last stages were lost
 
 def repro_and_kill(d, moment):
     """`dvc repro`, with dvc alone killed at a moment, as a person or an OOM killer does it: its children must end by
