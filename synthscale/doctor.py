@@ -33,6 +33,7 @@ def _last_stage(data):
     stages = data.get('stages') or {'(none)': None}
     return list(stages.items())[-1]
 
+# %% ../nbs/00i_doctor.ipynb #1cb96829
 def _stage_lines(text):
     "The lines of a dvc.lock that name its stages, in order."
     return re.findall(r'^  [^ \n-].*$', text.partition('\nstages:\n')[2], re.M)
@@ -74,6 +75,7 @@ def _committed(path):
         return None
     return r.stdout.decode(errors='replace') if r.returncode == 0 else None
 
+# %% ../nbs/00i_doctor.ipynb #0cb8276f
 def _outs_of(study):
     "Outputs of each stage of dvc.yaml: name before the @ -> how many."
     try:
@@ -89,6 +91,7 @@ def _text(path):
     except FileNotFoundError:
         return None
 
+# %% ../nbs/00i_doctor.ipynb #f09e727e
 def dvc_files(study: Study    # the study
              ) -> list:
     "The files that DVC rewrites in place: dvc.lock, and .dvc files beside it."
@@ -99,6 +102,7 @@ def good_copy(path     # dvc.lock, or a .dvc file
     "Where the last whole version of a file is kept; an empty copy stands for no file."
     return path.parent/'build'/f'{path.name}.good'
 
+# %% ../nbs/00i_doctor.ipynb #2777ed92
 def damage(study: Study,   # the study
            path            # dvc.lock, or a .dvc file
           ) -> str:        # '' for a whole file, and for none
@@ -136,6 +140,7 @@ def _dvc_lock(study):
     except zc.lockfile.LockError:
         return None
 
+# %% ../nbs/00i_doctor.ipynb #800562dc
 def _damage_at_rest(study, path, wait):
     "What shows that a file was cut, once nobody is writing it."
     until = time.time()+wait
@@ -188,6 +193,7 @@ def _alone(study, wait=_WAIT):
         for release in reversed(held):
             release()
 
+# %% ../nbs/00i_doctor.ipynb #145b18e3
 def _whole_copy(study, path):
     "The last whole text of a file, and where it is from; None, '' where there is none."
     outs = _outs_of(study)
@@ -225,6 +231,7 @@ def _is_dvc(pid):
         return False
     return 'dvc' in words or 'synthscale' in words
 
+# %% ../nbs/00i_doctor.ipynb #b3e352eb
 def _live_entries(data):
     "An rwlock without processes that are gone; raises where it has another form."
     write = {str(k): v for k, v in data.get('write', {}).items() if not v or _is_dvc(int(v['pid']))}
@@ -248,6 +255,7 @@ def _mend_rwlock(study):
     write_atomic(path, json.dumps(left))
     return '.dvc/tmp/rwlock: entries of processes that are gone were removed'
 
+# %% ../nbs/00i_doctor.ipynb #07260a16
 def _sweep(study):
     "Remove what an atomic write left behind when it was killed."
     left = [*study.dir.glob('.*.tmp'), *study.path('.dvc', 'tmp').glob('.rwlock.*.tmp')]
@@ -286,6 +294,7 @@ def check_names(study: Study    # the study
         for name in names or ():
             check_name(name, f'{study.file}: a key of {place}')
 
+# %% ../nbs/00i_doctor.ipynb #31648f2e
 def _check_git(study):
     "Raise `StudyError` where DVC would miss git and has not been told to do without."
     configs = [_text(study.path('.dvc', f)) or '' for f in ('config', 'config.local')]
@@ -304,10 +313,14 @@ def _atomic_dump(plain):
         write_atomic(os.path.realpath(path), text.getvalue())
     return dump
 
+# %% ../nbs/00i_doctor.ipynb #559c6835
 class _AtomicOpen:
     "A file system whose files, opened to be written, are there whole or not at all."
-    def __init__(self, fs): self.fs = fs
-    def __getattr__(self, name): return getattr(self.fs, name)
+    def __init__(self, fs):
+        self.fs = fs
+
+    def __getattr__(self, name):
+        return getattr(self.fs, name)
 
     @contextmanager
     def open(self, path, mode='r', **how):
@@ -329,6 +342,7 @@ def write_atomically():
         module._dump_data = dump
     dvc.rwlock._edit_rwlock = lambda folder, fs, hardlink: edit(folder, _AtomicOpen(fs), hardlink)
 
+# %% ../nbs/00i_doctor.ipynb #0fec9a5d
 def repro(args,      # of dvc repro
           folder='.' # the study's
          ) -> int:   # exit code

@@ -81,9 +81,11 @@ def _write_f_string(node, strings):
     quotes = sorted(free, key=lambda q: q in words)[0]
     return f"f{quotes}{''.join(_escaped(t, quotes[0]) if literal else t for literal, t in parts)}{quotes}"
 
+# %% ../nbs/00e_hashing.ipynb #556f8a39
 class _NamedStrings(ast.NodeTransformer):
     "Puts a name in the place of each f-string, and its text into a dict."
-    def __init__(self, strings): self.strings = strings
+    def __init__(self, strings):
+        self.strings = strings
 
     def visit_JoinedStr(self, node):
         name = _MARK.format(len(self.strings))

@@ -124,7 +124,7 @@ def forget(d, stages):
         YAML().dump(lock, f)
     for p in ('build/dvc.lock.good', '.dvc/cache/runs', 'results'):
         p = d/p
-        shutil.rmtree(p) if p.is_dir() else p.unlink()
+        shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
 
 # ---- what a cut file is, and what none is
 
