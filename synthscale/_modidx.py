@@ -154,6 +154,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'synthscale.doctor._mend_rwlock': ('doctor.html#_mend_rwlock', 'synthscale/doctor.py'),
                                    'synthscale.doctor._outs_of': ('doctor.html#_outs_of', 'synthscale/doctor.py'),
                                    'synthscale.doctor._put_back': ('doctor.html#_put_back', 'synthscale/doctor.py'),
+                                   'synthscale.doctor._rwlock': ('doctor.html#_rwlock', 'synthscale/doctor.py'),
                                    'synthscale.doctor._stage_lines': ('doctor.html#_stage_lines', 'synthscale/doctor.py'),
                                    'synthscale.doctor._sweep': ('doctor.html#_sweep', 'synthscale/doctor.py'),
                                    'synthscale.doctor._text': ('doctor.html#_text', 'synthscale/doctor.py'),

@@ -238,28 +238,36 @@ def _live_entries(data):
     read = {str(k): [i for i in v if _is_dvc(int(i['pid']))] for k, v in data.get('read', {}).items()}
     return {'write': write, 'read': {k: v for k, v in read.items() if v}}
 
-def _mend_rwlock(study):
-    "Mend DVC's list of who uses what; returns what was done, '' where nothing is wrong."
-    path = study.path('.dvc', 'tmp', 'rwlock')
-    text = _text(path)
-    if text is None: return ''
+def _rwlock(study):
+    "What is wrong with DVC's list of who uses what, and its right text ('': none); '' and None where nothing is."
+    text = _text(study.path('.dvc', 'tmp', 'rwlock'))
+    if text is None: return '', None
     try:
         data = json.loads(text)
         if not {*data} <= {'read', 'write'}: raise ValueError
         left = _live_entries(data)
     except (ValueError, TypeError, KeyError, AttributeError):
+        return '.dvc/tmp/rwlock: cut while DVC wrote it; removed, because nobody is running', ''
+    if left == {'write': {}, 'read': {}, **{k: v for k, v in data.items() if v}}: return '', None
+    return '.dvc/tmp/rwlock: entries of processes that are gone were removed', json.dumps(left)
+
+def _mend_rwlock(study):
+    "Mend that list; returns what was done, '' where nothing is wrong."
+    said, text = _rwlock(study)
+    path = study.path('.dvc', 'tmp', 'rwlock')
+    if text:
+        write_atomic(path, text)
+    elif said:
         path.unlink()
-        return '.dvc/tmp/rwlock: cut while DVC wrote it; removed, because nobody is running'
-    gone = {k: v for k, v in data.items() if v}
-    if left == {'write': {}, 'read': {}, **gone}: return ''
-    write_atomic(path, json.dumps(left))
-    return '.dvc/tmp/rwlock: entries of processes that are gone were removed'
+    return said
 
 # %% ../nbs/00i_doctor.ipynb #07260a16
 def _sweep(study):
     "Remove what an atomic write left behind when it was killed."
+    import psutil
     left = [*study.dir.glob('.*.tmp'), *study.path('.dvc', 'tmp').glob('.rwlock.*.tmp')]
-    left = [p for p in left if re.fullmatch(r'\.(dvc\.lock|rwlock|[^/]+\.dvc)\.\d+\.[0-9a-f]{8}\.tmp', p.name)]
+    left = [(p, re.fullmatch(r'\.(dvc\.lock|rwlock|.+\.dvc)\.(\d+)\.[0-9a-f]{8}\.tmp', p.name)) for p in left]
+    left = [p for p, m in left if m and not psutil.pid_exists(int(m.group(2)))]
     for p in left:
         p.unlink(missing_ok=True)
     return f'{len(left)} half-written copies were removed' if left else ''
@@ -267,10 +275,12 @@ def _sweep(study):
 def doctor(study: Study,          # the study
            wait: float = _WAIT    # seconds for others to end
           ) -> list:              # what was done, a line each
-    "Put right what a killed DVC left half-written."
-    with _alone(study, wait):
-        done = [_put_back(study, path) for path in dvc_files(study)]
-        done += [_mend_rwlock(study), _sweep(study)]
+    "Put right what a killed DVC left half-written; where nothing is, others may go on working."
+    done = [_sweep(study)]
+    if _rwlock(study)[0] or any(damage(study, path) for path in dvc_files(study)):
+        with _alone(study, wait):
+            done += [_put_back(study, path) for path in dvc_files(study)]
+            done.append(_mend_rwlock(study))
     return [d for d in done if d]
 
 # %% ../nbs/00i_doctor.ipynb #944cbf98
