@@ -4,6 +4,7 @@
 
 # %% ../nbs/07d_checks.ipynb #b80ca1d8
 from __future__ import annotations
+import itertools
 from dataclasses import dataclass
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from .functional_forms import fit_form
 from .study import StudyError
 
 # %% auto #0
-__all__ = ['SPAN', 'ALPHA', 'Diagnostic', 'floor_visible', 'check_curve', 'next_run']
+__all__ = ['SPAN', 'ALPHA', 'RESOLVED', 'Diagnostic', 'floor_visible', 'check_curve', 'next_run']
 
 # %% ../nbs/07d_checks.ipynb #4a0ef76e
 @dataclass(frozen=True)
@@ -38,7 +39,17 @@ def _noise(c: Curve):
     return np.sqrt(known**2+(1.4826*np.median(np.abs(off)))**2/c.count)     # the median: one wild point spoils three
 
 # %% ../nbs/07d_checks.ipynb #7c9894df
-def _bend(x, y, se):
+def _pooled(more, less, k, dof, free):
+    """p value of the F test that a law with k more parameters has a smaller sum of squares, `less` with `dof` degrees of
+    freedom. `free` of them more where replicates show the noise, which is then the unit of both sums."""
+    s = (less+free)/(dof+free)
+    return float(stats.f.sf((more-less)/k/max(s, 1e-24), k, dof+free))
+
+def _replicated(c):
+    "Degrees of freedom of the noise that replicates show; 0 where they do not show it."
+    return c.free if c.free >= 4 and c.sd_seed > 0 and len(c.n) >= 6 else 0
+
+def _bend(x, y, se, free=0):
     "Change of slope of two joined lines against one, its p value (F test), and where."
     if len(x) < 5: return 0., 1., x[0]
     w = 1/np.where(np.isfinite(se) & (se > 0), se, 1.)
@@ -51,9 +62,7 @@ def _bend(x, y, se):
     one, _ = sse()
     joined = [(*sse(np.clip(x-k, 0, None)), k) for k in x[1:-1]]
     two, b, at = min(joined, key=lambda t: t[0])
-    dof = len(x)-4
-    F = (one-two)/2/max(two/dof, 1e-24)
-    return float(b[2]), float(stats.f.sf(F, 2, dof)), float(at)
+    return float(b[2]), _pooled(one, two, 2, len(x)-4, free), float(at)
 
 def floor_visible(c: Curve   # the curve
                  ) -> bool:
@@ -62,7 +71,11 @@ def floor_visible(c: Curve   # the curve
     w = c.count.astype(float)
     a, b = fit_form(c.n, c.loss, 'power', w), fit_form(c.n, c.loss, 'floor', w)
     if b.form.name == 'power': return False
-    return bool(stats.f.sf((a.rmse**2-b.rmse**2)/max(b.rmse**2/b.dof, 1e-24), 1, b.dof) < ALPHA)
+    if stats.f.sf((a.rmse**2-b.rmse**2)/max(b.rmse**2/b.dof, 1e-24), 1, b.dof) < ALPHA: return True
+    free, se = _replicated(c), _noise(c)
+    if not free: return False
+    more, less = (float(np.sum(((np.log(c.loss)-f.log_loss(c.n))/se)**2)) for f in (a, b))
+    return _pooled(more, less, 1, b.dof, free) < ALPHA
 
 # %% ../nbs/07d_checks.ipynb #415a08a0
 def _rises(c, y, se, quantile):
@@ -79,9 +92,9 @@ def _rises(c, y, se, quantile):
                        f'between {c.n[i]:,.0f} and {c.n[i+1]:,.0f}',
                        'look at these runs (training time, a failed run); repeat them with more seeds before any fit')]
 
-def _bends(x, y, se):
+def _bends(x, y, se, free):
     "A diagnostic about a curve that is not straight."
-    bend, p, at = _bend(x, y, se)
+    bend, p, at = _bend(x, y, se, free)
     if not p < ALPHA: return []
     if bend > 0:
         return [Diagnostic('flattens', f'the curve flattens from about {np.exp(at):,.0f} on',
@@ -97,7 +110,7 @@ def _not_falling(c, x, y, se, quantile):
                            'check that the sizes differ in what the model saw')]
     found = _rises(c, y, se, quantile)
     if [f.code for f in found] == ['rising']: return found
-    found += _bends(x, y, se)
+    found += _bends(x, y, se, _replicated(c))
     if len(c.n) >= 4 and not floor_visible(c):
         found.append(Diagnostic('floor not identified', 'the points do not tell an irreducible loss from none',
                                 'do not quote a floor, nor an exponent of the law with a floor; '
@@ -105,6 +118,19 @@ def _not_falling(c, x, y, se, quantile):
     return found
 
 # %% ../nbs/07d_checks.ipynb #5aa68299
+RESOLVED = 1e-15    # a mean loss or error rate below it is no measurement: sums of doubles do not resolve it
+
+def _not_measured(c):
+    "Diagnostics about values that look like no measurement: copied from a neighbour, or too small."
+    found = []
+    if c.repeated:
+        found.append(Diagnostic('repeated values', f'{c.repeated} values equal that of the size before to the last digit',
+                                'a copied measurement or too few digits: look at these rows, and give all digits'))
+    if c.loss.min() < RESOLVED:
+        found.append(Diagnostic('too small', f'a loss of {c.loss.min():.3g} is below what doubles resolve, {RESOLVED:g}',
+                                'look at this row, or multiply all losses by one factor; do not use the forecast'))
+    return found
+
 def check_curve(c: Curve    # the curve
                ) -> list:   # of Diagnostic, the gravest first
     "What there is against fitting a law to this curve."
@@ -112,6 +138,7 @@ def check_curve(c: Curve    # the curve
     if c.dropped:
         found.append(Diagnostic('copies', f'{c.dropped} rows are exact copies of others and were dropped',
                                 'replicates need a seed of their own; a table that was joined twice needs mending'))
+    found += _not_measured(c)
     if len(c.n) < 2:
         return found+[Diagnostic('one size', f'{len(c.n)} size',
                                  'no law can be fitted: run at least two more sizes, a factor of four apart')]
@@ -147,11 +174,15 @@ def _planned_sd(x, count, c, weights, target):
 def next_run(c: Curve,        # the curve
              target=None,     # the size that matters; default: eight times the largest
              candidates=None, # sizes to run, up to the target; default: those there are, and 2, 4 times the largest
-             seeds=(1, 3)     # how many runs at once
+             seeds=(1, 3),    # how many runs at once
+             budget=None,     # most that the runs may cost, in `unit`; default: no limit
+             unit='images'    # of cost and budget: 'images' (size times runs) or 'runs'
             ) -> pd.DataFrame:  # n, seeds, cost, sd at the target, saved (share of the sd now); most saved first
-    """What another run would do for what is known at a target.
+    """What another run would do for what is known at a target; with a budget, what is saved per cost comes first.
     Raises StudyError with fewer than two sizes, or for a size beyond the target."""
     if len(c.n) < 2: raise StudyError(f'curve {c.name!r}: {len(c.n)} size, expected at least 2')
+    if unit not in ('images', 'runs'): raise StudyError.at('unit', unit, "'images' or 'runs'")
+    if budget is not None and not budget > 0: raise StudyError.at('budget', budget, 'a number above 0')
     target = 8*c.n[-1] if target is None else float(target)
     candidates = [*c.n, 2*c.n[-1], 4*c.n[-1]] if candidates is None else candidates
     top = max(*candidates, *c.n)
@@ -165,9 +196,13 @@ def next_run(c: Curve,        # the curve
         return _planned_sd(np.log(n), [plan[m] for m in n], c, weights, np.log(target))
 
     now, rows = sd(runs), []
-    for m in candidates:
-        for s in seeds:
-            then = sd(runs | {m: runs.get(m, 0)+s})
-            rows.append(dict(n=m, seeds=s, cost=m*s, sd=then, saved=1-then/now))
-    t = pd.DataFrame(rows)
+    for m, s in itertools.product(candidates, seeds):
+        cost = m*s if unit == 'images' else s
+        if budget is not None and cost > budget: continue
+        then = sd(runs | {m: runs.get(m, 0)+s})
+        rows.append(dict(n=m, seeds=s, cost=cost, sd=then, saved=1-then/now))
+    t = pd.DataFrame(rows, columns=['n', 'seeds', 'cost', 'sd', 'saved'])
+    if budget is not None:
+        per_cost = (t.saved/t.cost).sort_values(ascending=False, kind='stable')
+        return t.loc[per_cost.index].reset_index(drop=True)
     return t.sort_values(['saved', 'cost'], ascending=[False, True], kind='stable').reset_index(drop=True)

@@ -140,6 +140,7 @@ class Curve:
     dropped: int = 0        # exact copies of a row
     free: int = 0           # degrees of freedom of sd_seed
     name: str = ''          # for errors
+    repeated: int = 0       # losses of a seed that equal that of its size before to the last digit
 
 def make_curve(n,           # sizes
                loss,        # losses (or error rates) above 0
@@ -156,6 +157,9 @@ def make_curve(n,           # sizes
     if not (np.isfinite(df.se) & (df.se >= 0)).all():
         raise StudyError(f'curve {name!r}: a standard error is not a number of at least 0')
     d = df.drop_duplicates()
+    of_seed = d.assign(loss=loss[d.index]).sort_values(['seed', 'n'], kind='stable')
+    before = of_seed.groupby('seed').shift()
+    repeated = int(((of_seed.loss == before.loss) & (of_seed.n > before.n)).sum())
     d = d.sort_values(['n', 'y', 'se'], kind='stable')
     g = d.groupby('n')
     count = g.size().to_numpy()
@@ -163,7 +167,7 @@ def make_curve(n,           # sizes
     sd = np.sqrt(((d.y-g.y.transform('mean'))**2).sum()/free) if free else np.nan
     sd_test = np.sqrt(g.se.apply(lambda s: np.mean(s**2)).to_numpy())
     sizes, mean = np.array(list(g.groups)), np.exp(g.y.mean().to_numpy())
-    return Curve(sizes, mean, count, float(sd), sd_test, len(df)-len(d), int(free), name)
+    return Curve(sizes, mean, count, float(sd), sd_test, len(df)-len(d), int(free), name, repeated)
 
 # %% ../nbs/07c_forecast.ipynb #c6191360
 @dataclass

@@ -4,7 +4,7 @@
 
 # %% ../nbs/07a_results.ipynb #11e03a90
 from __future__ import annotations
-import itertools, shutil
+import csv, io, itertools, shutil
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -14,28 +14,98 @@ from .recipes import METRICS
 from .study import Study, StudyError, nearest, write_csv
 
 # %% auto #0
-__all__ = ['NEEDED', 'DEFAULTS', 'read_curves', 'check_curves', 'expected_rows', 'check_complete', 'prune', 'prune_costs',
-           't_interval', 'summary', 'collect']
+__all__ = ['NEEDED', 'DEFAULTS', 'KEYS', 'read_table', 'read_curves', 'check_curves', 'expected_rows', 'check_complete', 'prune',
+           'prune_costs', 't_interval', 'summary', 'collect']
 
 # %% ../nbs/07a_results.ipynb #37542f10
 NEEDED = ['curve', 'n_images', 'value']
 DEFAULTS = dict(seed=0, test_set='test', metric='loss')
+KEYS = ['curve', 'n_images', 'n_real', 'n_synthetic', 'seed', 'test_set', 'metric']     # what a row is of
+_WORDS = ['curve', 'test_set', 'metric']              # text, also where it looks like a number or like NA
+_MISSING = ['', 'NA', 'N/A', 'nan', 'NaN', 'null', 'None', '#N/A']
 
-def read_curves(path    # a CSV file
-               ) -> pd.DataFrame:
-    "A table of measurements, one per row; raises `StudyError` that names the file, the column or the row."
+def read_table(path    # a parquet or CSV file
+              ) -> pd.DataFrame:
+    "A table that a stage wrote; raises `StudyError` that names the file where it cannot be read."
+    path = Path(path)
     try:
-        df = pd.read_csv(path)
+        return pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path)
     except FileNotFoundError:
         raise StudyError(f"{path}: no such file") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
-        raise StudyError(f"{path}: not readable as CSV: {e}") from None
-    return check_curves(df, path)
+    except (ValueError, OSError) as e:          # of pandas and of Arrow alike
+        size = f'{path.stat().st_size} bytes' if path.is_file() else 'no file'
+        raise StudyError(f"{path}: not readable as {path.suffix[1:]} ({size}): {e}; delete it and run dvc repro") from None
 
+# %% ../nbs/07a_results.ipynb #5ea6d33e
+def _text(path):
+    "The text of a CSV file, without a byte order mark."
+    try:
+        raw = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise StudyError(f"{path}: no such file") from None
+    except OSError as e:
+        raise StudyError(f"{path}: not readable as CSV: {e.strerror}") from None
+    try:
+        return raw.decode('utf-8-sig')
+    except UnicodeDecodeError as e:
+        raise StudyError(f"{path}: row {raw[:e.start].count(10)+1} is not UTF-8; save the table as 'CSV UTF-8'") from None
+
+def _csv(path):
+    "A CSV file as a table whose index counts the rows of the file from its second on."
+    text = _text(path)
+    if not text.strip(): raise StudyError(f"{path}: not readable as CSV: the file is empty")
+    if '\0' in text: raise StudyError(f"{path}: not readable as CSV: it has null bytes")
+    head = text.lstrip().splitlines()[0]
+    sep = max(',;\t', key=head.count)
+    try:
+        rows = [(i, r) for i, r in enumerate(csv.reader(io.StringIO(text), delimiter=sep), 1) if any(map(str.strip, r))]
+    except csv.Error as e:
+        raise StudyError(f"{path}: not readable as CSV: {e}") from None
+    (_, names), body = rows[0], rows[1:]
+    names = [c.strip() for c in names]
+    twice = [c for c in names if names.count(c) > 1]
+    if twice: raise StudyError(f"{path}: column {twice[0]!r} occurs twice")
+    for i, r in body:
+        if len(r) != len(names): raise StudyError.at(f"{path}: row {i}", f'{len(r)} fields', f'{len(names)} as in the header')
+    if not body: raise StudyError(f"{path}: only a header, expected a row for each measurement")
+    clean = io.StringIO()
+    csv.writer(clean).writerows([names, *(r for _, r in body)])
+    decimal = ',' if sep == ';' else '.'
+    if decimal == ',' and not any(',' in v for _, r in body for v in r): decimal = '.'
+    missing = {c: [''] if c in _WORDS else _MISSING for c in names}
+    df = pd.read_csv(io.StringIO(clean.getvalue()), decimal=decimal, low_memory=False, keep_default_na=False,
+                     na_values=missing, dtype={c: str for c in _WORDS if c in names}, skip_blank_lines=False)
+    return df.set_axis([i-2 for i, _ in body])
+
+def read_curves(path    # a CSV or parquet file
+               ) -> pd.DataFrame:
+    """A table of measurements, one per row; raises `StudyError` that names the file, the column or the row.
+    Columns may be separated by commas, tabs, or semicolons (then decimal commas are read, too)."""
+    if Path(path).suffix != '.parquet': return check_curves(_csv(path), path).reset_index(drop=True)
+    return check_curves(read_table(path), path)
+
+# %% ../nbs/07a_results.ipynb #fc0cd0be
 def _refuse(df, bad, column, path, expected, name=None):
     "Raise for the first of the `bad` rows of a column. Rows count as in the file, where the header is row 1."
     if not bad.any(): return
     raise StudyError.at(f"{path}: row {df.index[bad][0]+2}: {name or column}", df[column][bad].tolist()[0], expected)
+
+def _check_keys(df, path):
+    "A key column is complete or absent, and no name has blanks around it."
+    for c in [c for c in KEYS if c in df]:
+        _refuse(df, df[c].isna(), c, path, f'a value in every row, or no column {c!r} at all')
+        words = df[c].astype(str)
+        _refuse(df, (words != words.str.strip()) | (words == ''), c, path, 'a value without blanks around it')
+
+def _numbers(df, path):
+    "The table with its numbers as numbers."
+    for c in [c for c in ('n_images', 'value', 'n_real', 'n_synthetic', 'n_test', 'stderr') if c in df]:
+        v = pd.to_numeric(df[c], errors='coerce')
+        _refuse(df, ~np.isfinite(v) | (df[c].map(type) == bool), c, path, 'a number')
+        if c != 'value': _refuse(df, v < 0, c, path, 'a number of at least 0')
+        if c.startswith('n_'): _refuse(df, v != v.round(), c, path, 'a whole number')
+        if not pd.api.types.is_numeric_dtype(df[c]): df = df.assign(**{c: v})
+    return df
 
 def check_curves(df: pd.DataFrame,   # rows as in curves.csv
                  path='curves.csv'   # named in errors
@@ -43,12 +113,13 @@ def check_curves(df: pd.DataFrame,   # rows as in curves.csv
     "The table with its default columns filled in; raises `StudyError` for values that no scaling law can be fitted to."
     for c in NEEDED:
         if c not in df: raise StudyError(f"{path}: column {c!r} is missing{nearest(c, df.columns)}")
+    if not len(df): raise StudyError(f"{path}: no rows, expected one for each measurement")
+    _check_keys(df, path)
     df = df.assign(**{k: v for k, v in DEFAULTS.items() if k not in df})
-    for c in ('n_images', 'value'):
-        _refuse(df, ~np.isfinite(pd.to_numeric(df[c], errors='coerce')), c, path, 'a number')
+    df = _numbers(df, path)
     _refuse(df, (df.metric == 'loss') & (df.value <= 0), 'value', path, 'a number above 0', 'loss')
     _refuse(df, df.n_images <= 0, 'n_images', path, 'a number above 0')
-    keys = [c for c in ('curve', 'n_images', 'n_real', 'n_synthetic', 'seed', 'test_set', 'metric') if c in df]
+    keys = [c for c in KEYS if c in df]
     twice = df[df.duplicated(keys)]
     if len(twice):
         found = twice[keys].iloc[0].to_dict()
@@ -145,7 +216,7 @@ def _read(study, stage, name, file):
     "One table of a stage."
     path = study.path('runs', stage, name, file)
     if not path.exists(): raise StudyError(f"{path}: no such file; 'dvc repro {_maker(study, stage, name)}' makes it")
-    return pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path)
+    return read_table(path)
 
 def _sources(study):
     "The names of the sources."
