@@ -40,14 +40,14 @@ def _noise(c: Curve):
 
 # %% ../nbs/07d_checks.ipynb #7c9894df
 def _pooled(more, less, k, dof, free):
-    """p value of the F test that a law with k more parameters has a smaller sum of squares, `less` with `dof` degrees of
-    freedom. `free` of them more where replicates show the noise, which is then the unit of both sums."""
+    """p value of the F test that a law with k more parameters has a smaller sum of squares, `less`, with `dof` degrees
+    of freedom; `free` of them more where replicates show the noise, which is then the unit of both sums."""
     s = (less+free)/(dof+free)
     return float(stats.f.sf((more-less)/k/max(s, 1e-24), k, dof+free))
 
 def _replicated(c):
-    "Degrees of freedom of the noise that replicates show; 0 where they do not show it."
-    return c.free if c.free >= 4 and c.sd_seed > 0 and len(c.n) >= 6 else 0
+    "Degrees of freedom of the noise that replicates show, for six or seven sizes: with more, the scatter alone does."
+    return c.free if c.free >= 4 and c.sd_seed > 0 and 6 <= len(c.n) <= 7 else 0
 
 def _bend(x, y, se, free=0):
     "Change of slope of two joined lines against one, its p value (F test), and where."
@@ -62,7 +62,8 @@ def _bend(x, y, se, free=0):
     one, _ = sse()
     joined = [(*sse(np.clip(x-k, 0, None)), k) for k in x[1:-1]]
     two, b, at = min(joined, key=lambda t: t[0])
-    return float(b[2]), _pooled(one, two, 2, len(x)-4, free), float(at)
+    p = min(_pooled(one, two, 2, len(x)-4, f) for f in {0, free})
+    return float(b[2]), p, float(at)
 
 def floor_visible(c: Curve   # the curve
                  ) -> bool:
@@ -124,10 +125,12 @@ def _not_measured(c):
     "Diagnostics about values that look like no measurement: copied from a neighbour, or too small."
     found = []
     if c.repeated:
-        found.append(Diagnostic('repeated values', f'{c.repeated} values equal that of the size before to the last digit',
+        found.append(Diagnostic('repeated values',
+                                f'{c.repeated} values equal that of the size before to the last digit',
                                 'a copied measurement or too few digits: look at these rows, and give all digits'))
     if c.loss.min() < RESOLVED:
-        found.append(Diagnostic('too small', f'a loss of {c.loss.min():.3g} is below what doubles resolve, {RESOLVED:g}',
+        found.append(Diagnostic('too small',
+                                f'a loss of {c.loss.min():.3g} is below what doubles resolve, {RESOLVED:g}',
                                 'look at this row, or multiply all losses by one factor; do not use the forecast'))
     return found
 

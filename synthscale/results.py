@@ -34,9 +34,10 @@ def read_table(path    # a parquet or CSV file
         raise StudyError(f"{path}: no such file") from None
     except (ValueError, OSError) as e:          # of pandas and of Arrow alike
         size = f'{path.stat().st_size} bytes' if path.is_file() else 'no file'
-        raise StudyError(f"{path}: not readable as {path.suffix[1:]} ({size}): {e}; delete it and run dvc repro") from None
+        hint = 'delete it and run dvc repro'
+        raise StudyError(f"{path}: not readable as {path.suffix[1:]} ({size}): {e}; {hint}") from None
 
-# %% ../nbs/07a_results.ipynb #5ea6d33e
+# %% ../nbs/07a_results.ipynb #f8b17138
 def _text(path):
     "The text of a CSV file, without a byte order mark."
     try:
@@ -48,7 +49,8 @@ def _text(path):
     try:
         return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e:
-        raise StudyError(f"{path}: row {raw[:e.start].count(10)+1} is not UTF-8; save the table as 'CSV UTF-8'") from None
+        row = raw[:e.start].count(10)+1
+        raise StudyError(f"{path}: row {row} is not UTF-8; save the table as 'CSV UTF-8'") from None
 
 def _csv(path):
     "A CSV file as a table whose index counts the rows of the file from its second on."
@@ -66,12 +68,14 @@ def _csv(path):
     twice = [c for c in names if names.count(c) > 1]
     if twice: raise StudyError(f"{path}: column {twice[0]!r} occurs twice")
     for i, r in body:
-        if len(r) != len(names): raise StudyError.at(f"{path}: row {i}", f'{len(r)} fields', f'{len(names)} as in the header')
+        if len(r) == len(names): continue
+        raise StudyError.at(f"{path}: row {i}", f'{len(r)} fields', f'{len(names)} as in the header')
     if not body: raise StudyError(f"{path}: only a header, expected a row for each measurement")
     clean = io.StringIO()
     csv.writer(clean).writerows([names, *(r for _, r in body)])
     decimal = ',' if sep == ';' else '.'
-    if decimal == ',' and not any(',' in v for _, r in body for v in r): decimal = '.'
+    if not any(',' in v for _, r in body for v in r):
+        decimal = '.'
     missing = {c: [''] if c in _WORDS else _MISSING for c in names}
     df = pd.read_csv(io.StringIO(clean.getvalue()), decimal=decimal, low_memory=False, keep_default_na=False,
                      na_values=missing, dtype={c: str for c in _WORDS if c in names}, skip_blank_lines=False)
@@ -84,7 +88,7 @@ def read_curves(path    # a CSV or parquet file
     if Path(path).suffix != '.parquet': return check_curves(_csv(path), path).reset_index(drop=True)
     return check_curves(read_table(path), path)
 
-# %% ../nbs/07a_results.ipynb #fc0cd0be
+# %% ../nbs/07a_results.ipynb #29a81c67
 def _refuse(df, bad, column, path, expected, name=None):
     "Raise for the first of the `bad` rows of a column. Rows count as in the file, where the header is row 1."
     if not bad.any(): return
@@ -101,10 +105,12 @@ def _numbers(df, path):
     "The table with its numbers as numbers."
     for c in [c for c in ('n_images', 'value', 'n_real', 'n_synthetic', 'n_test', 'stderr') if c in df]:
         v = pd.to_numeric(df[c], errors='coerce')
-        _refuse(df, ~np.isfinite(v) | (df[c].map(type) == bool), c, path, 'a number')
-        if c != 'value': _refuse(df, v < 0, c, path, 'a number of at least 0')
-        if c.startswith('n_'): _refuse(df, v != v.round(), c, path, 'a whole number')
-        if not pd.api.types.is_numeric_dtype(df[c]): df = df.assign(**{c: v})
+        unknown = df[c].isna() & (c in ('stderr', 'n_test'))          # some metrics have no standard error
+        _refuse(df, ~(np.isfinite(v) | unknown) | (df[c].map(type) == bool), c, path, 'a number')
+        _refuse(df, (v < 0) & (c != 'value'), c, path, 'a number of at least 0')
+        _refuse(df, v.notna() & (v != v.round()) & c.startswith('n_'), c, path, 'a whole number')
+        if not pd.api.types.is_numeric_dtype(df[c]):
+            df = df.assign(**{c: v})
     return df
 
 def check_curves(df: pd.DataFrame,   # rows as in curves.csv
