@@ -416,7 +416,7 @@ def resolved(study: Study    # checked
     for c in curves.values():
         c |= {'recipe_name': c['recipe'], 'recipe': recipes[c['recipe']]}
     out['classify'] |= {'curves': curves}
-    for key in ('mixtures', 'recipe', 'seeds', 'one_seed_above'):
+    for key in ('mixtures', 'recipe', 'seeds', 'one_seed_above', 'balance'):
         del out['classify'][key]
     out['laws'] |= {'fit_range': fit_ranges(study)}
     out['quality'] |= {'sets': _dump(scored_sets(study))}

@@ -44,7 +44,8 @@ def diversity(feats,           # n x d
     f, labels = np.asarray(feats, float)/scale, np.asarray(labels)
     out = np.full(n_classes, np.nan)
     for here in by_class(labels):
-        if len(here) > 1: out[labels[here[0]]] = f[here].std(0).mean()
+        if len(here) > 1:
+            out[labels[here[0]]] = f[here].std(0).mean()
     return out
 
 # %% ../nbs/05_quality.ipynb #d403b0a0

@@ -326,7 +326,8 @@ def read_shard(path,                  # a shard
     missing = want.keys() - out.keys()
     if missing:
         raise StudyError(f"{path}: {len(missing)} images of the manifest are not in the shard, e.g. {min(missing)}")
-    if every is not None: check_keys(path, found, every)
+    if every is not None:
+        check_keys(path, found, every)
     return out
 
 # %% ../nbs/00c_shards.ipynb #8e19b53a
@@ -388,7 +389,8 @@ def open_images(folder,            # sets/NAME
         here, texts = _places(path)
         for key in want.keys() & here.keys():
             _check_row(path, key, texts.get(key, {}), *want[key])
-        if every: check_keys(path, list(here), every[shard])
+        if every:
+            check_keys(path, list(here), every[shard])
         places.update(here)
     lost = [k for k in rows.key if k not in places]
     if lost:
@@ -431,7 +433,7 @@ def load_set(folder,                # sets/NAME
         if split not in set(m.split):
             raise StudyError(f"set {folder.name!r} has no split {split!r}{nearest(split, set(m.split))}")
         m = m[m.split == split]
-    if rows is not None: m = m.iloc[rows]
+    m = m if rows is None else m.iloc[rows]
     labels = m.label.to_numpy(np.int64)
     if lazy: return ImageSet(folder.name, open_images(folder, m, every), labels, m.reset_index(drop=True))
     images = {}

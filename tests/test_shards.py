@@ -52,7 +52,8 @@ DAMAGE = {'two labels swapped': lambda m: both(m, 0, 1, ['label']),
 def test_a_manifest_that_is_not_that_of_its_shards_is_refused(folder, how, lazy):
     "Whatever a row says of label, caption, place or image is compared with the shard."
     m = read_manifest(folder)
-    if lazy and (m.shard[0].endswith('.gz') or how == 'another image hash'): pytest.skip('not for this set')
+    if lazy and (m.shard[0].endswith('.gz') or how == 'another image hash'):
+        pytest.skip('not for this set')
     load_set(folder, lazy=lazy)
     DAMAGE[how](m).to_parquet(folder/'manifest.parquet', index=False)
     with pytest.raises(StudyError, match='sets/a'):

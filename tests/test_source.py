@@ -91,6 +91,7 @@ def test_every_parameter_is_a_dependency():
 @pytest.mark.parametrize('key, value', [
     ('generate.n_images', 20), ('generate.steps', 3), ('quality.n_images', 7),
     ('classify.seeds', 2), ('classify.recipe', 'vit_tiny_digits'), ('classify.one_seed_above', 30),
+    ('classify.balance', 'own'),
     ('recipes.convnext_digits.label_smoothing', .2)])
 def test_a_default_of_many_reaches_each_that_has_none_of_its_own(key, value):
     before, raw = Study(ROOT), copy.deepcopy(Study(ROOT).raw)
