@@ -133,9 +133,11 @@ def _explain(e, data, file, section, model):
 def _expected(e, key):
     "What would have been right, in words where pydantic has a regular expression."
     if e['type'] != 'string_pattern_mismatch': return f"{e['msg'][0].lower()}{e['msg'][1:]}"
-    marks = e['ctx']['pattern'].partition('0-9')[2].partition(']')[0].replace('\\', '')
+    marks = e['ctx']['pattern'].rpartition('0-9')[2].partition(']')[0].replace('\\', '')
     of = 'a class has one name everywhere; `classes` of an image set translates the names of its folders'
-    return f"expected letters a-z and A-Z, digits, and {' '.join(marks)}" + (f" ({of})" if '.classes' in key else '')
+    first = ', no - at its beginning' if '][' in e['ctx']['pattern'] else ''
+    more = f' ({of})' if '.classes' in key else ''
+    return f"expected letters a-z and A-Z, digits, and {' '.join(marks)}{first}{more}"
 
 _LINES = 50      # of one message: who reads fifty errors has seen what they have in common
 
