@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 from tqdm import tqdm
 from .pixels import IMAGE_TYPES, OTHER_TYPES, as_seen, open_image
-from .shards import balanced_order, check_set, decode, encode_png, sample_grid, tar_samples, write_set
+from .shards import (LARGEST, balanced_order, check_set, decode, encode_png, sample_grid, tar_samples,
+                               write_set)
 from .study import (Count, Ident, Key, Positive, Rate, Section, Study, StudyError, nearest, write_atomic,
                               write_csv)
 
@@ -315,16 +316,14 @@ def _folder_files(path):
             partial(_unreadable, k, 'a link that leads nowhere' if p.is_symlink() else 'no regular file')
             for k, p in found.items()}
 
-_LARGEST = 2**30       # bytes of one image; what claims to be larger is none
-
 def _zip_files(path):
     "Path inside a zip -> function that gives the member's bytes."
     try:
         z = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError) as e:
         raise StudyError(f"{path}: not readable as a zip ({e})") from None
-    return {i.filename: partial(_bytes_of, i.filename, partial(z.read, i)) if i.file_size <= _LARGEST else
-            partial(_unreadable, i.filename, f'{i.file_size} bytes, expected at most {_LARGEST}')
+    return {i.filename: partial(_bytes_of, i.filename, partial(z.read, i)) if i.file_size <= LARGEST else
+            partial(_unreadable, i.filename, f'{i.file_size} bytes, expected at most {LARGEST}')
             for i in z.infolist() if not i.is_dir()}
 
 def _no_image(name):

@@ -4,8 +4,7 @@ REPO FOLDER` runs the campaign on copies of a finished smoke study and prints it
 import json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest
-from conftest import WAIT, environment, load, ran, sh
-from ruamel.yaml import YAML
+from conftest import WAIT, environment, forget, ran, sh
 from synthscale.doctor import cut, damage, doctor, good_copy, keep_good, repro
 from synthscale.run import one_writer
 from synthscale.study import Study, StudyError
@@ -115,16 +114,6 @@ def chain(d, kinds, rng, left):
     assert not state(d), out
     assert ran(sh('dvc repro', d)) == set()
     return n
-
-def forget(d, stages):
-    "As if these stages had never run."
-    lock = load(d/'dvc.lock')
-    lock['stages'] = {k: v for k, v in lock['stages'].items() if k.split('@')[0] not in stages}
-    with open(d/'dvc.lock', 'w') as f:
-        YAML().dump(lock, f)
-    for p in ('build/dvc.lock.good', '.dvc/cache/runs', 'results'):
-        p = d/p
-        shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
 
 # ---- what a cut file is, and what none is
 
@@ -305,6 +294,7 @@ def test_thirty_kills_of_the_whole_pipeline(finished, tmp_path):
 def test_three_kills_two_of_them_aimed_at_what_dvc_writes(repo):
     want, left, rng = same_files(repo), {}, random.Random(0)
     forget(repo, AGGREGATES)
+    shutil.rmtree(repo/'results')
     assert chain(repo, ['dvc.lock', 'rwlock', 'dvc'], rng, left) >= 2
     assert left and same_files(repo) == want
 

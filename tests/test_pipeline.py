@@ -1,8 +1,7 @@
 "The pipeline as its users meet it: DVC, killed runs, clones, experiments, own studies. Everything runs the real thing."
 import json, os, random, shutil, subprocess, sys, time
 import pandas as pd, psutil, pytest
-from ruamel.yaml import YAML
-from conftest import WAIT, edit, environment, load, ran, sh
+from conftest import WAIT, edit, environment, forget, load, ran, sh
 
 pytestmark = pytest.mark.slow
 AGGREGATES = {'results', 'laws', 'report'}
@@ -113,15 +112,6 @@ def test_a_clone_pulls_everything_with_no_network(repo):
 def point_files(d):
     "The finished points of a study."
     return list((d/'build').glob('points/*/*.json'))
-
-def forget(d, stages):
-    "As if these stages had never run: neither in dvc.lock nor in DVC's memory of runs."
-    lock = load(d/'dvc.lock')
-    lock['stages'] = {k: v for k, v in lock['stages'].items() if k.split('@')[0] not in stages}
-    with open(d/'dvc.lock', 'w') as f:
-        YAML().dump(lock, f)
-    shutil.rmtree(d/'.dvc'/'cache'/'runs', ignore_errors=True)
-    (d/'build'/'dvc.lock.good').unlink(missing_ok=True)       # the copy would say that the last stages were lost
 
 def repro_and_kill(d, moment):
     """`dvc repro`, with dvc alone killed at a moment, as a person or an OOM killer does it: its children must end by
