@@ -4,7 +4,6 @@
 
 # %% ../nbs/07d_checks.ipynb #b80ca1d8
 from __future__ import annotations
-import itertools
 from dataclasses import dataclass
 import numpy as np
 import pandas as pd
@@ -177,11 +176,12 @@ def _planned_sd(x, count, c, weights, target):
 def next_run(c: Curve,        # the curve
              target=None,     # the size that matters; default: eight times the largest
              candidates=None, # sizes to run, up to the target; default: those there are, and 2, 4 times the largest
-             seeds=(1, 3),    # how many runs at once
+             seeds=(1, 3),    # how many runs at once; with a budget also as many as it pays for, up to `_MOST_SEEDS`
              budget=None,     # most that the runs may cost, in `unit`; default: no limit
              unit='images'    # of cost and budget: 'images' (size times runs) or 'runs'
             ) -> pd.DataFrame:  # n, seeds, cost, sd at the target, saved (share of the sd now); most saved first
-    """What another run would do for what is known at a target; with a budget, what is saved per cost comes first.
+    """What another run would do for what is known at a target. With a budget the cheapest that saves nearly as much as
+    the best one that it pays for (`_NEARLY`) comes first.
     Raises StudyError with fewer than two sizes, or for a size beyond the target."""
     if len(c.n) < 2: raise StudyError(f'curve {c.name!r}: {len(c.n)} size, expected at least 2')
     if unit not in ('images', 'runs'): raise StudyError.at('unit', unit, "'images' or 'runs'")
@@ -199,13 +199,20 @@ def next_run(c: Curve,        # the curve
         return _planned_sd(np.log(n), [plan[m] for m in n], c, weights, np.log(target))
 
     now, rows = sd(runs), []
-    for m, s in itertools.product(candidates, seeds):
-        cost = m*s if unit == 'images' else s
-        if budget is not None and cost > budget: continue
-        then = sd(runs | {m: runs.get(m, 0)+s})
-        rows.append(dict(n=m, seeds=s, cost=cost, sd=then, saved=1-then/now))
+    for m in candidates:
+        each = m if unit == 'images' else 1
+        most = _MOST_SEEDS if budget is None else min(_MOST_SEEDS, int(budget//each))
+        for s in seeds if budget is None else sorted({*(s for s in seeds if s <= most), most}-{0}):
+            then = sd(runs | {m: runs.get(m, 0)+s})
+            rows.append(dict(n=m, seeds=s, cost=each*s, sd=then, saved=1-then/now))
     t = pd.DataFrame(rows, columns=['n', 'seeds', 'cost', 'sd', 'saved'])
-    if budget is not None:
-        per_cost = (t.saved/t.cost).sort_values(ascending=False, kind='stable')
-        return t.loc[per_cost.index].reset_index(drop=True)
-    return t.sort_values(['saved', 'cost'], ascending=[False, True], kind='stable').reset_index(drop=True)
+    t = t.sort_values(['saved', 'cost'], ascending=[False, True], kind='stable')
+    return (t if budget is None else _nearly_best_first(t)).reset_index(drop=True)
+
+_MOST_SEEDS = 10      # runs at one size that are thought of at once
+_NEARLY = .9          # of what the best saves: what saves as much and costs less is advised instead
+
+def _nearly_best_first(t):
+    "The table with the cheapest of the rows that save nearly as much as the best in front."
+    near = t[t.saved >= _NEARLY*t.saved.max()].sort_values('cost', kind='stable')
+    return pd.concat([near[:1], t.drop(near.index[:1])])

@@ -14,15 +14,17 @@ from .checks import check_curve, next_run
 from .classes import fit_classes, relate
 from .exchange import crossover, equivalent, exchange_rate, fit_mixture, marginal
 from .forecast import Forecast, forecast, make_curve
-from .results import read_curves, t_interval
+from .own import own_pairs, own_table, say
+from .results import check_complete, read_curves, t_interval
 from .curves import curves_of
 from .study import Ident, Positive, Section, Study, StudyError, nearest, write_csv
 
 # %% auto #0
 __all__ = ['ModelSelection', 'LawsSection', 'fit_ranges', 'fit_line', 'seed_slopes', 'heldout', 'fit_curve', 'compare_slopes',
            'equivalent_images', 'added_data_ratio', 'selection_table', 'plot_forecast', 'CurveLaw', 'study_curve',
-           'with_n', 'measured', 'fit_table', 'forecast_table', 'equivalent_table', 'exchange_table', 'crossover_table',
-           'mixture_table', 'class_tables', 'fit_study', 'fit_own']
+           'with_n', 'rows_by_curve', 'measured', 'fit_table', 'study_curves', 'forecast_table', 'next_table',
+           'equivalent_table', 'exchange_table', 'crossover_table', 'mixture_table', 'class_tables', 'fit_study',
+           'fit_own']
 
 # %% ../nbs/08_laws.ipynb #6933faf0
 class ModelSelection(Section):
@@ -243,15 +245,22 @@ class CurveLaw:
 # %% ../nbs/08_laws.ipynb #ebcf128f
 _BAND = 2.**np.linspace(0, 2, 9)     # sizes of a forecast's band, as multiples of the largest: up to four times it
 
+def _spent(c, unit='images'):
+    "What the runs of a curve cost so far: what is advised costs at most as much again."
+    return float((c.n*c.count).sum() if unit == 'images' else c.count.sum())
+
 def study_curve(df: pd.DataFrame,  # rows of one curve, test set and metric with a column n
                 name='',           # of the curve
-                seeds=None         # runs that a forecast is the mean of; default: as many as at the largest size
+                seeds=None,        # runs that a forecast is the mean of; default: as many as at the largest size
+                budget=None,       # most that the next runs may cost; default: as much as the runs so far
+                unit='images'      # of the budget, as for `next_run`
                ) -> CurveLaw:
     "Everything about one curve. Raises StudyError with fewer than two sizes."
     c = make_curve(df.n, df.value, df.seed, df.stderr if 'stderr' in df else None, name)
     df = df.drop_duplicates(['n', 'seed', 'value'])
     ahead = forecast(c, at=c.n[-1]*_BAND, seeds=seeds or int(c.count[-1]))
-    return CurveLaw(name, fit_curve(df, name), ahead, check_curve(c), next_run(c))
+    runs = next_run(c, budget=budget or _spent(c, unit), unit=unit)
+    return CurveLaw(name, fit_curve(df, name), ahead, check_curve(c), runs)
 
 # %% ../nbs/08_laws.ipynb #f08052a0
 def with_n(df: pd.DataFrame,  # rows as in curves.csv
@@ -262,6 +271,15 @@ def with_n(df: pd.DataFrame,  # rows as in curves.csv
     for curve, column in (x or {}).items():
         n[df.curve == curve] = df[column][df.curve == curve]
     return df.assign(n=n)[n > 0]
+
+def rows_by_curve(df: pd.DataFrame   # rows with curve
+                 ):                  # (names) -> their rows, in the order of the table
+    "The rows of some curves, found in one pass over the table for all of them."
+    places = df.groupby('curve').indices
+    def pick(*names):
+        here = [places[c] for c in dict.fromkeys(names) if c in places]
+        return df.iloc[np.sort(np.concatenate(here)) if here else []]
+    return pick
 
 # %% ../nbs/08_laws.ipynb #97dd40e4
 def measured(df: pd.DataFrame,  # rows as read_curves gives them
@@ -296,12 +314,14 @@ def fit_table(df: pd.DataFrame,        # rows as read_curves gives them
     "Fit every curve on every test set and compare the exponents of the named pairs, in one metric."
     df = with_n(measured(df, metric), x)
     if fit_range is None:
-        fit_range = {c: (df[df.curve == c].n.min(), df[df.curve == c].n.max()) for c in df.curve.unique()}
-    laws, slopes = [], {}
+        ends = df.groupby('curve', sort=False).n.agg(['min', 'max'])
+        fit_range = dict(zip(ends.index, ends.to_numpy()))
+    laws, slopes, rows, known = [], {}, rows_by_curve(df), set(df.curve)
     for c, (lo, hi) in fit_range.items():
-        if c not in set(df.curve):
-            raise StudyError(f"laws.fit_range names {c!r}: no such curve in the table{nearest(c, set(df.curve))}")
-        for t, g in df[(df.curve == c) & df.n.between(lo, hi)].groupby('test_set', sort=False):
+        if c not in known:
+            raise StudyError(f"laws.fit_range names {c!r}: no such curve in the table{nearest(c, known)}")
+        d = rows(c)
+        for t, g in d[d.n.between(lo, hi)].groupby('test_set', sort=False):
             laws.append(dict(curve=c, test_set=t, metric=metric, **fit_curve(g, c)))
             slopes[c, t] = seed_slopes(g)
     comparisons = []
@@ -315,19 +335,37 @@ _FORECASTS = ['curve', 'test_set', 'n', 'loss', 'ci_lo', 'ci_hi', 'level', 'sd_c
               'sd_noise', 'rolling_rmsle']
 _DIAGNOSTICS = ['curve', 'test_set', 'code', 'what', 'advice']
 
+def study_curves(df: pd.DataFrame,   # rows with n, one metric
+                 curves,             # names
+                 **how               # as for `study_curve`
+                ) -> dict:           # (curve, test set) -> CurveLaw, of those with two sizes
+    "`study_curve` of every curve on every test set."
+    rows = rows_by_curve(df)
+    groups = (((c, t), g) for c in curves for t, g in rows(c).groupby('test_set', sort=False))
+    return {(c, t): study_curve(g, c, **how) for (c, t), g in groups if g.n.nunique() > 1}
+
 def forecast_table(df: pd.DataFrame,   # rows with n, one metric
                    curves              # names
                   ):    # forecasts (one row per curve, test set and size), diagnostics (one row each)
-    "The forecast of every curve up to four times its largest size, and the problems of fitting it."
+    """The forecast of every curve up to four times its largest size, and the problems of fitting it.
+    A curve whose values are too small for doubles has no forecast."""
+    return _forecasts(study_curves(df, curves))
+
+def _forecasts(studied):
+    "`forecast_table` of curves that are studied already."
     rows, diagnostics = [], []
-    for c in curves:
-        for t, g in df[df.curve == c].groupby('test_set', sort=False):
-            if g.n.nunique() < 2: continue
-            l = study_curve(g, c)
-            f = l.forecast
+    for (c, t), l in studied.items():
+        f = l.forecast
+        if 'too small' not in {p.code for p in l.diagnostics}:
             rows.append(f.table.assign(curve=c, test_set=t, level=f.level, rolling_rmsle=f.rolling_rmsle))
-            diagnostics += [dict(curve=c, test_set=t, code=p.code, what=p.what, advice=p.advice) for p in l.diagnostics]
+        diagnostics += [dict(curve=c, test_set=t, code=p.code, what=p.what, advice=p.advice) for p in l.diagnostics]
     return _stacked(rows, _FORECASTS), pd.DataFrame(diagnostics, columns=_DIAGNOSTICS)
+
+def next_table(studied: dict         # as `study_curves` gives it
+              ) -> pd.DataFrame:     # one row per curve and test set: the first of `next_run`
+    "The runs of every curve that are worth their cost most."
+    rows = [dict(curve=c, test_set=t) | r for (c, t), l in studied.items() for r in l.next[:1].to_dict('records')]
+    return pd.DataFrame(rows, columns=['curve', 'test_set', 'n', 'seeds', 'cost', 'sd', 'saved'])
 
 def _stacked(tables, columns):
     "Tables one under the other, with these columns even where there is none."
@@ -336,16 +374,17 @@ def _stacked(tables, columns):
 # %% ../nbs/08_laws.ipynb #3b9a1927
 _EXCHANGE = ['real', 'synthetic', 'test_set', 'loss_of', 'n_real', 'loss', 'n_synthetic', 'rate', 'ci_lo', 'ci_hi',
              'bound', 'n_seeds']
+_NONE = pd.DataFrame(columns=_EXCHANGE)
 
 def equivalent_table(df: pd.DataFrame,  # rows with n, one metric
                      compare            # pairs of curves
                     ) -> pd.DataFrame:  # one row per pair and test set
     "For every pair and test set: how many images of the first curve reach the loss of the second at its largest size."
-    rows = []
-    for (a, b), t in itertools.product(compare, df.test_set.unique()):
-        g = df[(df.test_set == t) & df.curve.isin([a, b])]
-        if set(g.curve) != {a, b}: continue
-        rows.append(_equivalent_row(g, a, b) | dict(real=a, synthetic=b, test_set=t))
+    rows, pick, tests = [], rows_by_curve(df), df.test_set.unique()
+    for a, b in compare:
+        of = dict(list(pick(a, b).groupby('test_set')))
+        both = [(t, of[t]) for t in tests if t in of and set(of[t].curve) == {a, b}]
+        rows += [_equivalent_row(g, a, b) | dict(real=a, synthetic=b, test_set=t) for t, g in both]
     return pd.DataFrame(rows, columns=_EXCHANGE)
 
 def _equivalent_row(g, a, b):
@@ -361,12 +400,13 @@ def exchange_table(df: pd.DataFrame,  # rows with n, one metric
                    compare            # pairs of curves
                   ) -> pd.DataFrame:  # rows of exchange.csv
     "For every pair and test set: how many images of one curve replace those of the other."
-    rows, from_top = [], equivalent_table(df, compare)
+    rows, pick = [], rows_by_curve(df)
+    top = dict(list(equivalent_table(df, compare).groupby(['real', 'synthetic', 'test_set'])))
     for a, b in compare:
-        for t, g in df[df.curve.isin([a, b])].groupby('test_set', sort=False):
+        for t, g in pick(a, b).groupby('test_set', sort=False):
             if _paired(g, a, b):    # else nothing is paired; the row of `equivalent_table` has n_seeds 0 or a bound
                 rows.append(exchange_rate(g, a, b).assign(real=a, synthetic=b, test_set=t, loss_of='real'))
-            rows.append(from_top[(from_top.real == a) & (from_top.synthetic == b) & (from_top.test_set == t)])
+            rows.append(top.get((a, b, t), _NONE))
     return _stacked([r for r in rows if len(r)], _EXCHANGE)
 
 def _paired(g, a, b):
@@ -382,9 +422,9 @@ def crossover_table(df: pd.DataFrame,  # rows with n, one metric
                     compare            # pairs of curves
                    ) -> pd.DataFrame:  # one row per pair and test set with three sizes in common
     "For every pair and test set: where one curve passes the other."
-    rows = []
+    rows, pick = [], rows_by_curve(df)
     for a, b in compare:
-        for t, g in df[df.curve.isin([a, b])].groupby('test_set', sort=False):
+        for t, g in pick(a, b).groupby('test_set', sort=False):
             seeds, sizes = (set(g[g.curve == a][k]) & set(g[g.curve == b][k]) for k in ('seed', 'n'))
             if not seeds or len(sizes) < 3: continue
             rows.append(dict(test_set=t) | crossover(g, a, b))
@@ -434,7 +474,7 @@ def class_tables(per_class: pd.DataFrame,  # rows as in per_class.parquet
 def fit_study(study: Study   # the study
              ) -> pd.DataFrame:
     "Write every table of this stage to results/; returns laws.csv."
-    l, df = study.laws, read_curves(study.path('results', 'curves.csv'))
+    l, df = study.laws, check_complete(study, read_curves(study.path('results', 'curves.csv')))
     ranges = fit_ranges(study)
     fits = [fit_table(df, ranges, l.x, l.compare, m) for m in (l.metric, 'top1', 'loss_calibrated')]
     laws, comparisons = (pd.concat(tables, ignore_index=True) for tables in zip(*fits))
@@ -461,18 +501,27 @@ def _study_classes(study):
     return class_tables(per_class, ranges, study.laws.x, quality if len(quality) else None, set_of)
 
 # %% ../nbs/08_laws.ipynb #c112e3ac
-def fit_own(curves,    # path of a curves.csv with curve, n_images, value
-            out        # folder for laws.csv, comparisons.csv, exchange.csv, forecasts.csv and diagnostics.csv
+def fit_own(curves,                # path of a curves.csv with curve, n_images, value
+            out,                   # folder for laws.csv, comparisons.csv, exchange.csv, forecasts.csv, diagnostics.csv,
+                                   # next_runs.csv and, where a row is not used, not_used.csv
+            metric: str = '',      # as for `own_table`
+            kind: str = '',        # as for `own_table`
+            reference: str = '',   # as for `own_pairs`
+            compare: str = '',     # as for `own_pairs`
+            budget: float = 0,     # most that the next runs of a curve may cost; 0: as much as its runs so far
+            unit: str = 'images'   # of the budget, as for `next_run`
            ) -> pd.DataFrame:
-    "Fit a table of results that somebody else made, every pair of its curves compared; returns laws.csv."
-    df = read_curves(curves)
-    names = list(dict.fromkeys(df.curve))
-    pairs = list(itertools.combinations(names, 2))
-    laws, comparisons = fit_table(df, compare=pairs)
-    n = with_n(measured(df, 'loss'))
-    forecasts, diagnostics = forecast_table(n, names)
-    tables = dict(laws=laws, comparisons=comparisons, exchange=exchange_table(n, pairs),
-                  forecasts=forecasts, diagnostics=diagnostics)
+    "Fit a table of results that somebody else made, and say what of it was recognised and not used; returns laws.csv."
+    own = own_table(curves, metric, kind)
+    pairs = own_pairs(own.df, reference, compare, curves)
+    n = with_n(own.df.assign(metric='loss'))
+    laws, comparisons = fit_table(n, compare=pairs)
+    studied = study_curves(n, list(dict.fromkeys(n.curve)), budget=budget, unit=unit)
+    forecasts, diagnostics = _forecasts(studied)
+    tables = dict(laws=laws.assign(metric=own.metric), comparisons=comparisons.assign(metric=own.metric),
+                  exchange=exchange_table(n, pairs), forecasts=forecasts, diagnostics=diagnostics,
+                  next_runs=next_table(studied))
+    say(own, out)
     for name, t in tables.items():
         write_csv(f'{out}/{name}.csv', t)
-    return laws
+    return tables['laws']

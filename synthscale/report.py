@@ -13,8 +13,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from .curves import curves_of, scored_sets
-from .laws import equivalent_table, fit_table, measured, with_n
-from .results import read_curves, summary
+from .laws import equivalent_table, fit_table, with_n
+from .own import own_pairs, own_table, say
+from .results import summary
 from .study import Ident, Positive, Section, Study, StudyError, write_atomic, write_csv
 
 # %% auto #0
@@ -657,15 +658,20 @@ def _sample_figure(study):
     _figure(study.path('figures')/'samples.png', plot_samples, panels, width=3.2, height=3.4, columns=3)
 
 # %% ../nbs/09_report.ipynb #d5e78010
-def report_table(curves,    # path of a curves.csv with curve, n_images, value
-                 out        # folder for figures and headline.json
+def report_table(curves,                # path of a curves.csv with curve, n_images, value
+                 out,                   # folder for figures, headline.json and, where a row is not used, not_used.csv
+                 metric: str = '',      # as for `own_table`
+                 kind: str = '',        # as for `own_table`
+                 reference: str = '',   # as for `own_pairs`
+                 compare: str = ''      # as for `own_pairs`
                 ) -> dict:
     "The report of a table of results that somebody else made."
-    df, out = read_curves(curves), Path(out)
+    own, out = own_table(curves, metric, kind), Path(out)
+    pairs, df = own_pairs(own.df, reference, compare, curves), own.df.assign(metric='loss')
     names = list(dict.fromkeys(df.curve))
-    pairs = list(itertools.combinations(names, 2))
     laws, comparisons = fit_table(df, compare=pairs)
-    equivalents = equivalent_table(with_n(measured(df, 'loss')), pairs)
+    equivalents = equivalent_table(with_n(df), pairs)
+    say(own, out)
     t = Tables(given=dict(summary=summary(df), laws=laws, comparisons=comparisons, exchange=equivalents))
     for test in df.test_set.unique():
         _figure(out/f'scaling_{test}.png', plot_scaling, [(t.means, laws, test, style(names))])

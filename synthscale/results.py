@@ -14,8 +14,8 @@ from .recipes import METRICS
 from .study import Study, StudyError, nearest, write_csv
 
 # %% auto #0
-__all__ = ['NEEDED', 'DEFAULTS', 'KEYS', 'read_table', 'read_curves', 'check_curves', 'expected_rows', 'check_complete', 'prune',
-           'prune_costs', 't_interval', 'summary', 'collect']
+__all__ = ['NEEDED', 'DEFAULTS', 'KEYS', 'read_table', 'raw_curves', 'read_curves', 'check_curves', 'expected_rows',
+           'check_complete', 'prune', 'prune_costs', 't_interval', 'summary', 'collect']
 
 # %% ../nbs/07a_results.ipynb #37542f10
 NEEDED = ['curve', 'n_images', 'value']
@@ -69,7 +69,7 @@ def _csv(path):
     if twice: raise StudyError(f"{path}: column {twice[0]!r} occurs twice")
     for i, r in body:
         if len(r) == len(names): continue
-        raise StudyError.at(f"{path}: row {i}", f'{len(r)} fields', f'{len(names)} as in the header')
+        raise StudyError(f"{path}: row {i} has {len(r)} fields, expected {len(names)} as in the header")
     if not body: raise StudyError(f"{path}: only a header, expected a row for each measurement")
     clean = io.StringIO()
     csv.writer(clean).writerows([names, *(r for _, r in body)])
@@ -81,12 +81,16 @@ def _csv(path):
                      na_values=missing, dtype={c: str for c in _WORDS if c in names}, skip_blank_lines=False)
     return df.set_axis([i-2 for i, _ in body])
 
+def raw_curves(path    # a CSV or parquet file
+              ) -> pd.DataFrame:     # the index counts the rows of the file, 0 for the first after the header
+    """A table as it stands in its file; raises `StudyError` that names the file, the column or the row.
+    Columns may be separated by commas, tabs, or semicolons (then decimal commas are read, too)."""
+    return read_table(path) if Path(path).suffix == '.parquet' else _csv(path)
+
 def read_curves(path    # a CSV or parquet file
                ) -> pd.DataFrame:
-    """A table of measurements, one per row; raises `StudyError` that names the file, the column or the row.
-    Columns may be separated by commas, tabs, or semicolons (then decimal commas are read, too)."""
-    if Path(path).suffix != '.parquet': return check_curves(_csv(path), path).reset_index(drop=True)
-    return check_curves(read_table(path), path)
+    "A table of measurements, one per row; raises `StudyError` that names the file, the column or the row."
+    return check_curves(raw_curves(path), path).reset_index(drop=True)
 
 # %% ../nbs/07a_results.ipynb #29a81c67
 def _refuse(df, bad, column, path, expected, name=None):

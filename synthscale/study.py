@@ -23,7 +23,7 @@ def _short_repr(value):
     r = reprlib.Repr()
     r.maxlevel, r.maxstring, r.maxother, r.maxlong = 4, 160, 160, 80
     r.maxdict = r.maxlist = r.maxtuple = r.maxset = 12
-    return r.repr(value)
+    return r.repr(value.item() if type(value).__module__ == 'numpy' and value.ndim == 0 else value)
 
 class StudyError(ValueError):
     "The study asks for something that is not there or cannot be: the message names the file and the key."
