@@ -9,12 +9,12 @@ from dataclasses import astuple, replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
 from joblib import Parallel, cpu_count, delayed
 from tqdm import tqdm
+from .gpus import take_gpu
 from .curves import Point, curve_of, curve_points
-from .recipes import ENGINE, METRICS
-from .shards import check_subset, join, load_set, order_of, read_manifest
+from .recipes import ENGINE, METRICS, mean_recall
+from .shards import check_subset, file_names, join, load_set, order_of, read_manifest
 from .study import Study, StudyError, die_with_parent, nearest, write_atomic, write_csv
 
 # %% auto #0
@@ -242,7 +242,7 @@ def check_curve(study: Study,  # the study
             raise StudyError(f"classify.eval: set {e.set_of(split)!r} has no split {split!r}"
                              f"{nearest(split, set(m.split))}")
         tested.append(m[m.split == split])
-    hashes = set(pd.concat(tested).sha256)
+    tested = pd.concat(tested)
     for slot in ('real', 'synthetic'):
         n, of = max(getattr(c, f'n_{slot}')), getattr(c, slot)
         if not n: continue
@@ -251,9 +251,12 @@ def check_curve(study: Study,  # the study
             check_subset(of, np.bincount(m.label, minlength=len(study.study.classes)), n, c.balance)
         except StudyError as err:
             raise StudyError(f"curve {name!r}, {slot} images: {err}") from None
-        leak = m[m.sha256.isin(hashes)]
+        leak = m[m.sha256.isin(tested.sha256)]
         if len(leak):
-            raise StudyError(f"set {of!r}: {len(leak)} training images are also test images, e.g. {leak.key.iloc[0]}")
+            test = tested[tested.sha256 == leak.sha256.iloc[0]]
+            raise StudyError(f"set {of!r}: {len(leak)} training images are also test images, e.g. "
+                             f"{file_names(leak).iloc[0]}, which is {file_names(test).iloc[0]} of split "
+                             f"{test.split.iloc[0]!r}")
     return c
 
 def usable_processes(wanted: int     # 0: one per GPU, or per core
@@ -264,26 +267,22 @@ def usable_processes(wanted: int     # 0: one per GPU, or per core
     return torch.cuda.device_count() or cpu_count()
 
 # %% ../nbs/06_classify.ipynb #d0000007
-@functools.cache
-def _own_gpu():
-    "Where there are several GPUs, one that no other worker of this machine has; held until the process ends."
-    import tempfile, torch
-    for k in range(n := torch.cuda.device_count()):
-        lock = FileLock(f'{tempfile.gettempdir()}/synthscale-gpu{k}.lock')
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            continue
-        torch.cuda.set_device(k)
-        return lock
-    if n: raise StudyError(f"all {n} GPUs are taken by other runs (locks {tempfile.gettempdir()}/synthscale-gpu*.lock)")
+_held = []      # the GPU of this process, and what holds it
+
+def _own_gpu(run, folder):
+    "Where there are GPUs, one that no other process of this machine has; held until the process ends."
+    import torch
+    n = torch.cuda.device_count()
+    if not n or _held: return
+    _held.extend(take_gpu(n, run, folder))
+    torch.cuda.set_device(_held[0])
 
 def _worker(study_dir, point: tuple, parent: int):
     "run_point in a worker process, which ends with its parent; errors come back as values."
     if os.getpid() != parent:
         die_with_parent()
     try:
-        _own_gpu()
+        _own_gpu(parent, study_dir)
         return point, run_point(study_dir, Point(*point))
     except Exception as e:
         return point, e
@@ -369,7 +368,12 @@ def point_rows(study: Study,  # the study
     base = dict(study=study.study.name, task='classify', curve=curve, recipe=p.recipe, arch=arch) | _point_keys(p)
     tail = dict(samples_seen=record['config']['samples_seen'], point=record['key'][:12])
     return [dict(base, test_set=t, metric=k, value=m[k], stderr=m['stderr'].get(k), n_test=m['n_test'], **tail)
-            for t in study.classify.eval.every for m in [record['tests'][t]] for k in METRICS]
+            for t in study.classify.eval.every for m in [_with_recall(record['tests'][t])] for k in METRICS]
+
+def _with_recall(m):
+    "The measurements of a split, of a record from before mean per-class recall was one of them, too."
+    mean, error = mean_recall(m['class_recall'], m['class_n'])
+    return m | dict(mean_per_class_recall=mean, stderr=m['stderr'] | dict(mean_per_class_recall=error))
 
 def class_rows(study: Study,  # the study
                curve: str,    # name of the curve

@@ -77,7 +77,8 @@ class ClassifySection(Section):
     balance: _Balance = 'equal'      # equal: as many images of each class; own: the class shares of the set itself,
                                      # where classes are of unequal size
     compute_tolerance: Rate = 0.03   # a curve end whose loss moves by more when the steps double is compute-limited
-    compute_seeds: Positive = 2      # seeds, the first ones, with which both ends are trained again for twice the steps
+    compute_seeds: Count = 2         # seeds, the first ones, with which both ends are trained again for twice the
+                                     # steps; 0: no end is checked
     checkpoints: Count = 0           # how often a point is validated while it trains; above 0 its best and its last
                                      # weights are kept in build/weights
     curves: dict[Key, OneSetCurve] = {}
@@ -123,7 +124,7 @@ def _common(study, c):
     s = study.classify
     return dict(recipe=c.recipe or s.recipe, seeds=c.seeds or s.seeds,
                 one_seed_above=c.one_seed_above or s.one_seed_above,
-                balance=getattr(c, 'balance', None) or s.balance)
+                balance=c.balance or s.balance)
 
 def _one_set(study, name, c):
     "A curve of one set."
@@ -182,27 +183,30 @@ def curve_points(c: CurveSpec,              # the curve
     def at(size, seed, multiplier):
         mixed = (c.real_share, c.synthetic_weight) if all(size) else (None, 1.)
         return Point(c.recipe, c.real, c.synthetic, *size, seed, multiplier, *mixed, c.balance)
-    ends = dict.fromkeys([c.sizes[0], c.sizes[-1]])
+    ends, most = dict.fromkeys([c.sizes[0], c.sizes[-1]]), c.seeds if compute_seeds is None else compute_seeds
     once = [at(s, k, 1) for s in c.sizes for k in range(c.seeds_at(s))]
-    return once + [at(s, k, 2) for s in ends for k in range(min(c.seeds_at(s), compute_seeds or c.seeds))]
+    return once + [at(s, k, 2) for s in ends for k in range(min(c.seeds_at(s), most))]
 
 # %% ../nbs/00g_curves.ipynb #a3000017
 class ScoredSet(Section):
     "A set under data.sets that is scored beside the sources."
     split: Ident = 'train'
     n_images: Union[Positive, None] = None     # null: quality.n_images
+    balance: Union[_Balance, None] = None      # null: quality.balance
 
 class QualitySection(Section):
     "Which evaluators score the images, and how many images of each set."
     n_images: Positive = 2000        # of each set: the first ones of the class-balanced order of seed 0
     real_evaluator: Ident = ''       # trained on real images: measures the domain gap; empty: not scored by one
     in_domain_evaluator: Ident = ''  # trained on artificial images: measures whether the concept is there; empty: none
+    balance: _Balance = 'equal'      # as many images of each class; own: the class shares of the set itself
     sets: dict[Key, ScoredSet] = {}
 
 def scored_sets(study: Study    # the study
                ) -> dict:       # set -> ScoredSet with its number of images, data sets first
     "All sets that are scored, in the order of the tables; of a source with fewer images than that, all of them."
     q, g = study.quality, study.raw.get('generate') or {}
-    own = {n: s.model_copy(update={'n_images': s.n_images or q.n_images}) for n, s in q.sets.items()}
+    own = {n: s.model_copy(update={'n_images': s.n_images or q.n_images, 'balance': s.balance or q.balance})
+           for n, s in q.sets.items()}
     made = {n: s.get('n_images') or g.get('n_images') or q.n_images for n, s in (g.get('sources') or {}).items()}
-    return own | {n: ScoredSet(n_images=min(q.n_images, k)) for n, k in made.items()}
+    return own | {n: ScoredSet(n_images=min(q.n_images, k), balance=q.balance) for n, k in made.items()}

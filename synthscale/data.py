@@ -12,10 +12,11 @@ from typing import Annotated, Callable, Literal, Union
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from tqdm import tqdm
-from .pixels import IMAGE_TYPES, OTHER_TYPES, as_seen, open_image
-from .shards import (LARGEST, balanced_order, check_set, decode, encode_png, sample_grid, tar_samples,
+from .pixels import (IMAGE_TYPES, OTHER_TYPES, Limits, NearHashes, as_seen, check_archive, difference_hash,
+                               open_image)
+from .shards import (balanced_order, check_set, decode, encode_png, file_names, sample_grid, tar_samples,
                                write_set)
 from .study import (Count, Ident, Key, Positive, Rate, Section, Study, StudyError, nearest, write_atomic,
                               write_csv)
@@ -25,7 +26,7 @@ __all__ = ['SetSpec', 'GLYPH', 'DigitsSpec', 'RenderedDigitsSpec', 'ImagesSpec',
            'HubImagesSpec', 'ShardsSpec', 'DataSection', 'grey', 'digit_samples', 'render_glyph', 'distort',
            'uci_normalise', 'caption', 'read_fonts', 'rendered_samples', 'Entry', 'files_below', 'same_letters',
            'folder_entries', 'named_entries', 'tile_entries', 'hub_entries', 'in_order', 'translate', 'usable',
-           'hold_out', 'image_samples', 'shard_samples', 'set_samples', 'build_set']
+           'hold_out', 'image_samples', 'shard_samples', 'set_samples', 'near_copies', 'build_set']
 
 # %% ../nbs/01_data.ipynb #79f6f077
 class DigitsSpec(Section):
@@ -60,9 +61,18 @@ class RenderedDigitsSpec(Section):
 # %% ../nbs/01_data.ipynb #b78a42e8
 _Share = Annotated[float, Field(ge=0, le=1)]
 
+def _inside(path: str) -> str:
+    "A path that does not lead out of data.root, which itself may be anywhere."
+    if path.startswith(('/', '~')) or '..' in path.split('/') or '\\' in path:
+        raise ValueError('expected a path inside data.root, without .. and not absolute; data.root itself may be '
+                         'anywhere')
+    return path
+
+_Inside = Annotated[str, AfterValidator(_inside)]
+
 class ImagesSpec(Section):
     "What all image sets of your own have in common: splits and classes in the study's words, and what is left out."
-    input: str                       # under data.root
+    input: _Inside                   # under data.root
     synthetic: bool = False          # true for images that a generator made: curves then count them as synthetic
     splits: dict[str, Union[Ident, None]] = {}     # split in the input -> split of the study, null: left out; {}: as is
     classes: dict[str, Union[Ident, None]] = {}    # class in the input -> class of the study, null: left out;
@@ -102,14 +112,14 @@ class TilesSpec(ImagesSpec):
     pattern: str                     # as for `files`
     tile: Positive                   # pixels per side
     gap: Count = 1                   # pixels around and between tiles
-    drop: str = ''                   # table inside `input` (class, tile_row, tile_col) of tiles, some of them left out
+    drop: _Inside = ''               # table inside `input` (class, tile_row, tile_col) of tiles, some of them left out
     drop_column: str = ''            # its column that decides
     drop_below: float = 0.0          # tiles with less are left out
 
 class HubImagesSpec(ImagesSpec):
     "An image set of the Hugging Face hub at one commit, read by `datasets` (extra `hub`), or such a folder."
     type: Literal['hub_images']
-    repo: str                        # OWNER/NAME, or a folder of parquet files under data.root
+    repo: _Inside                    # OWNER/NAME, or a folder of parquet files under data.root
     revision: str = ''               # the full commit hash, 40 hexadecimal digits; not for a folder
     config: str = ''                 # the configuration, where the set has several
     image: str = 'image'             # column of images
@@ -118,7 +128,7 @@ class HubImagesSpec(ImagesSpec):
 class ShardsSpec(Section):
     "WebDataset tar shards of your own: each key has an image and a `cls` (index into study.classes, or a class name)."
     type: Literal['webdataset']
-    input: str                       # folder with *.tar or *.tar.gz; SPLIT/*.tar gives splits, else all are 'train'
+    input: _Inside                   # folder with *.tar or *.tar.gz; SPLIT/*.tar gives splits, else all are 'train'
     synthetic: bool = False          # true for images that a generator made
     background: Union[Literal['white', 'black'], None] = None    # as for images
     value_range: Union[Annotated[list[float], Field(min_length=2, max_length=2)], None] = None     # as for images
@@ -139,6 +149,9 @@ class DataSection(Section):
     image_size: Positive             # pixels per side, after ingestion
     channels: Literal[1, 3]          # grey or RGB
     shard_size: Positive = 4000      # images per shard
+    near_bits: Count = 3             # images of two splits whose difference hashes differ in at most so many of 64 bits
+                                     # are listed as near copies
+    limits: Limits = Limits()        # what an image or an archive of the outside may hold
     sets: dict[Key, SetSpec]
 
 # %% ../nbs/01_data.ipynb #3a0069c3
@@ -309,42 +322,58 @@ def _walk(folder, above=()):
             else:
                 yield e.path
 
+def _shown(name):
+    "A file's name as text: bytes that are not UTF-8 as \\x.., because no table and no terminal takes them."
+    return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
+
 def _folder_files(path):
     "Path inside a folder -> function that gives the file's bytes."
-    found = {Path(p).relative_to(path).as_posix(): Path(p) for p in _walk(path)}
-    return {k: partial(_bytes_of, k, p.read_bytes) if p.is_file() else
-            partial(_unreadable, k, 'a link that leads nowhere' if p.is_symlink() else 'no regular file')
-            for k, p in found.items()}
+    found = {_shown(Path(p).relative_to(path).as_posix()): Path(p) for p in _walk(path)}
+    def reader(name, p):
+        if p.is_file(): return partial(_bytes_of, name, p.read_bytes)
+        return partial(_unreadable, name, 'a link that leads nowhere' if p.is_symlink() else 'no regular file')
+    return {k: reader(f'{path.name}/{k}', p) for k, p in found.items()}
 
-def _zip_files(path):
-    "Path inside a zip -> function that gives the member's bytes."
+def _zip_files(path, limits, left_out):
+    "Path inside a zip -> function that gives the member's bytes; of two of one name the later one, as unzip has it."
     try:
         z = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError) as e:
         raise StudyError(f"{path}: not readable as a zip ({e})") from None
-    return {i.filename: partial(_bytes_of, i.filename, partial(z.read, i)) if i.file_size <= LARGEST else
-            partial(_unreadable, i.filename, f'{i.file_size} bytes, expected at most {LARGEST}')
-            for i in z.infolist() if not i.is_dir()}
+    members, out = [i for i in z.infolist() if not i.is_dir()], {}
+    sizes = [i.file_size for i in members if i.file_size <= limits.member_bytes]       # the others are never unpacked
+    check_archive(path, len(members), sum(sizes), os.path.getsize(path), limits)
+    for i in members:
+        name, fits = f'{path.name}/{i.filename}', i.file_size <= limits.member_bytes
+        if i.filename in out:
+            _note(left_out, name, 'a later file of the same name replaces it')
+        large = f'{i.file_size} bytes, expected at most {limits.member_bytes} (data.limits.member_bytes)'
+        read = partial(_bytes_of, name, partial(z.read, i))
+        out[i.filename] = read if fits else partial(_unreadable, name, large)
+    return out
 
+# %% ../nbs/01_data.ipynb #9956d774
 def _no_image(name):
     "Why a file is none of the images of an input; '' where it is one."
     parts, ext = name.split('/'), name.rpartition('.')[2].lower()
     if parts[0] == '__MACOSX' or parts[-1].startswith('._'): return 'a note of macOS'
     return '' if ext in IMAGE_TYPES or ext in OTHER_TYPES else 'no image by its ending'
 
-def files_below(path,          # a folder or a .zip
-                left_out=None  # list, filled: files that are no images, and why
-               ) -> dict:      # path inside it -> function that gives its bytes, sorted
+def files_below(path,                      # a folder or a .zip
+                left_out=None,             # list, filled: files that are no images, and why
+                limits: Limits = Limits()  # what is too much in a zip
+               ) -> dict:                  # path inside it -> function that gives its bytes, sorted
     "The image files of a folder or a zip."
-    path = Path(path)
+    path, out = Path(path), {}
     if not path.is_dir() and not zipfile.is_zipfile(path): raise StudyError(f"{path}: expected a folder or a zip")
-    found, out = _folder_files(path) if path.is_dir() else _zip_files(path), {}
+    found = _folder_files(path) if path.is_dir() else _zip_files(path, limits, left_out)
     for k in sorted(found):
         ext, why = k.rpartition('.')[2].lower(), _no_image(k)
         if why:
             _note(left_out, f'{path.name}/{k}', why)
         else:
-            out[k] = found[k] if ext in IMAGE_TYPES else partial(_unreadable, k, f'.{ext} is not read here')
+            unread = partial(_unreadable, f'{path.name}/{k}', f'.{ext} is not read here')
+            out[k] = found[k] if ext in IMAGE_TYPES else unread
     return out
 
 def _note(left_out, file, reason):
@@ -364,10 +393,11 @@ def _is_flat(parts, known):
 
 def folder_entries(path,           # folder or zip
                    known: set,     # names of classes, in the input's words
-                   left_out=None   # list, filled: files that are passed over, and why
+                   left_out=None,  # list, filled: files that are passed over, and why
+                   limits: Limits = Limits()   # what is too much in a zip
                   ) -> list:
     "SPLIT/CLASS/image, or CLASS/image, which is then all 'train'; images in folders below belong to the class."
-    files = files_below(path, left_out)
+    files = files_below(path, left_out, limits)
     parts = {f: same_letters(f).split('/') for f in files}
     flat = _is_flat(parts.values(), {same_letters(k) for k in known})
     entries = []
@@ -384,10 +414,11 @@ def folder_entries(path,           # folder or zip
 
 def named_entries(path,           # folder or zip
                   pattern: str,   # regular expression with a group `class`, perhaps `split`
-                  left_out=None   # list, filled: files that are passed over, and why
+                  left_out=None,  # list, filled: files that are passed over, and why
+                  limits: Limits = Limits()    # what is too much in a zip
                  ) -> list:
     "Images whose names give split and class."
-    files = files_below(path, left_out)
+    files = files_below(path, left_out, limits)
     matches = {f: re.fullmatch(pattern, f) for f in files}
     for f in (f for f, m in matches.items() if not m):
         _note(left_out, f'{Path(path).name}/{f}', 'it does not match the pattern')
@@ -418,7 +449,8 @@ def _dropped(path, spec):
 
 def tile_entries(path,            # folder or zip
                  spec,            # TilesSpec
-                 left_out=None    # list, filled: files and tiles that are passed over, and why
+                 left_out=None,   # list, filled: files and tiles that are passed over, and why
+                 limits: Limits = Limits()     # what is too much in a zip, and of a sheet
                 ) -> list:
     "The tiles of sheets, row by row, without those that a table excludes."
     dropped = _dropped(path, spec)
@@ -427,8 +459,8 @@ def tile_entries(path,            # folder or zip
         top, left = spec.gap+r*step, spec.gap+c*step
         return sheet[top:top+spec.tile, left:left+spec.tile]
     out = []
-    for e in named_entries(path, spec.pattern, left_out):
-        sheet = np.asarray(_seen(open_image(e.read(), e.name), spec, e.name).convert('RGB'))
+    for e in named_entries(path, spec.pattern, left_out, limits):
+        sheet = np.asarray(_seen(open_image(e.read(), e.name, limits.pixels), spec, e.name).convert('RGB'))
         rows, cols = ((s-spec.gap)//step for s in sheet.shape[:2])
         if (rows*step+spec.gap, cols*step+spec.gap) != sheet.shape[:2]:
             raise StudyError(f"{e.name}: {sheet.shape[1]} x {sheet.shape[0]} pixels are no whole number of tiles "
@@ -528,15 +560,15 @@ def translate(entries: list,    # as listed
     return in_order(out)
 
 # %% ../nbs/01_data.ipynb #b773354e
-def _sized(data, size, channels, spec, name):
-    "Bytes or an array as an image of the study's size."
+def _sized(data, size, channels, spec, name, limits, notes=None):
+    "Bytes or an array as an image of the study's size; `notes` get what was changed in a file."
     if not isinstance(data, bytes):
-        data = encode_png(np.ascontiguousarray(data))
+        data, notes = encode_png(np.ascontiguousarray(data)), None
     if k := spec.border:
-        im = _seen(open_image(data, name), spec, name)
+        im = _seen(open_image(data, name, limits.pixels), spec, name)
         if min(im.size) <= 2*k: raise StudyError(f"{name}: {im.width} x {im.height} pixels have no inside, border: {k}")
         data = encode_png(np.asarray(im.convert('RGB').crop((k, k, im.width-k, im.height-k))))
-    return decode(data, size, channels, name, spec.background or '', spec.value_range)
+    return decode(data, size, channels, name, spec.background or '', spec.value_range, limits.pixels, notes)
 
 def _check_left(found, out, spec, damaged):
     "Raise where more was left out than the set allows, or every image of a class of a split."
@@ -555,7 +587,8 @@ def usable(found: list,         # (split, label, Entry)
            spec,                # ImagesSpec
            size: int,           # pixels per side
            channels: int,       # 1 or 3
-           left_out: list       # filled: what was left out, and why
+           left_out: list,      # filled: what was left out, and why
+           limits: Limits = Limits()    # what is too much in an image
           ) -> list:
     "What is left without damaged images and repeats, where the set specifies so; every image is read once for that."
     if spec.unreadable == 'error' and spec.duplicates == 'keep': return found
@@ -563,7 +596,7 @@ def usable(found: list,         # (split, label, Entry)
     for x in tqdm(found, desc='checked', unit='image'):
         e = x[2]
         try:
-            pixels = _sized(e.read(), size, channels, spec, e.name).tobytes()
+            pixels = _sized(e.read(), size, channels, spec, e.name, limits).tobytes()
         except StudyError as err:
             if spec.unreadable == 'error': raise
             _note(damaged, e.name, str(err).partition(': ')[2])
@@ -593,16 +626,31 @@ def hold_out(found: list,    # (split, label, Entry)
                          f"which has {len(pool)}")
     picked = iter(balanced_order([found[i][1] for i in pool], seed))
     moved = {pool[next(picked)]: split for split, k in spec.hold_out.items() for _ in range(k)}
+    for label in {found[i][1] for i in pool}-{found[i][1] for i in pool if i not in moved}:
+        first = next(found[i][2] for i in pool if found[i][1] == label)
+        n = sum(found[i][1] == label for i in pool)
+        raise StudyError(f"set {name!r}: hold_out takes all {n} images of class {first.label!r} from split "
+                         f"{spec.hold_out_from!r} (such as {first.name}), expected that some stay")
     return in_order([(moved.get(i, s), y, e) for i, (s, y, e) in enumerate(found)], list(spec.hold_out))
 
 def image_samples(found: list,    # (split, label, Entry)
                   spec,           # ImagesSpec
                   size: int,      # pixels per side
-                  channels: int   # 1 or 3
+                  channels: int,  # 1 or 3
+                  left_out=None,  # list, filled: files that are stored otherwise than they came, and how
+                  limits: Limits = Limits()    # what is too much in an image
                  ):
-    "The images of an input as samples, decoded one after the other."
+    "The images of an input as samples, decoded one after the other, each with the file that it is made of."
     for split, label, e in found:
-        yield dict(split=split, label=label, image=_sized(e.read(), size, channels, spec, e.name))
+        notes = []
+        image = _sized(e.read(), size, channels, spec, e.name, limits, notes)
+        _note_changes(left_out, e.name, notes)
+        yield dict(split=split, label=label, image=image, file=e.name)
+
+def _note_changes(left_out, name, notes):
+    "A row of left_out.csv for an image that is stored otherwise than it came."
+    for changed in notes:
+        _note(left_out, name, f'changed: {changed}')
 
 # %% ../nbs/01_data.ipynb #597df5e0
 def _label(text, classes, name):
@@ -611,14 +659,25 @@ def _label(text, classes, name):
     if re.fullmatch('[0-9]+', text) and int(text) < len(classes): return int(text)
     raise StudyError(f"{name}: class {text!r} is none of the study's{nearest(text, classes)}")
 
-def _shards_of(path):
-    "The shards of each split: FOLDER/*.tar[.gz], then all 'train', or SPLIT/*.tar[.gz]."
-    def tars(folder):
-        return sorted(p for p in folder.iterdir() if p.name.endswith(('.tar', '.tar.gz', '.tgz')))
+_TARS = ('.tar', '.tar.gz', '.tgz')
+
+def _shards_of(path, left_out=None):
+    "The shards of each split: FOLDER/*.tar[.gz], then all 'train', or SPLIT/*.tar[.gz]; other files are listed."
     if not path.is_dir(): raise StudyError(f"{path}: no such folder")
-    if here := tars(path): return {'train': here}
-    splits = {p.name: tars(p) for p in sorted(path.iterdir()) if p.is_dir()}
-    if not any(splits.values()): raise StudyError(f"{path}: no .tar or .tar.gz shard here or one folder below")
+    every = sorted(Path(p) for p in _walk(path))
+    tars = [p for p in every if p.name.lower().endswith(_TARS)]
+    if not tars: raise StudyError(f"{path}: no .tar or .tar.gz shard here or one folder below")
+    depth = min(len(p.relative_to(path).parts) for p in tars)
+    if depth > 2: raise StudyError(f"{path}: no .tar or .tar.gz shard here or one folder below, but {tars[0]}")
+    splits = {}
+    for p in every:
+        place = p.relative_to(path)
+        if p not in tars:
+            _note(left_out, f'{path.name}/{_shown(place.as_posix())}', 'no shard by its ending')
+        elif len(place.parts) > depth:
+            _note(left_out, f'{path.name}/{_shown(place.as_posix())}', 'a shard in a folder below the other shards')
+        else:
+            splits.setdefault('train' if depth == 1 else place.parts[0], []).append(p)
     return splits
 
 def _text(data, name):
@@ -630,9 +689,10 @@ def _text(data, name):
 
 def _shard_sample(key, files, file, classes, size, channels, seen):
     "A sample of the study from one of a shard; without its split."
-    ext = next((e for e in IMAGE_TYPES if e in files), None)
-    if ext is None or 'cls' not in files:
-        raise StudyError(f"{file}: sample {key} has {sorted(files)}, expected an image and 'cls'")
+    images = [e for e in IMAGE_TYPES if e in files]
+    if len(images) != 1 or 'cls' not in files:
+        raise StudyError(f"{file}: sample {key} has {sorted(files)}, expected an image and 'cls', one of each")
+    ext = images[0]
     label = _label(_text(files['cls'], f'{file}:{key}.cls').strip(), classes, f'{file}:{key}')
     return dict(label=label, caption=_text(files.get('txt', b''), f'{file}:{key}.txt'),
                 image=decode(files[ext], size, channels, f'{file}:{key}', **seen))
@@ -641,14 +701,20 @@ def shard_samples(path,           # folder
                   classes: list,  # class names, in label order
                   size: int,      # pixels per side
                   channels: int,  # 1 or 3
+                  left_out=None,  # list, filled: files that are no shards, and images that are stored otherwise
+                  limits: Limits = Limits(),   # what is too much in a shard or an image
                   **seen          # background and value_range, as for `decode`
                  ):
     "Images of existing WebDataset shards: FOLDER/*.tar[.gz], or SPLIT/*.tar[.gz]; `cls` is an index or a class name."
-    for split, files in _shards_of(Path(path)).items():
+    for split, files in _shards_of(Path(path), left_out).items():
         for file in files:
             try:
-                for key, s in tar_samples(file):
-                    yield dict(split=split) | _shard_sample(key, s, file, classes, size, channels, seen)
+                for key, s in tar_samples(file, limits):
+                    notes, name = [], f'{file.name}:{_shown(key)}'
+                    how = seen | dict(pixels=limits.pixels, notes=notes)
+                    sample = _shard_sample(key, s, file, classes, size, channels, how)
+                    _note_changes(left_out, name, notes)
+                    yield dict(split=split, file=name) | sample
             except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
                 raise StudyError(f"{file}: the shard is damaged ({e})") from None
 
@@ -657,9 +723,10 @@ def _entries(study, spec, path, left_out):
     "The listing of an input of images."
     if spec.type == 'imagefolder':
         classes = study.study.classes
-        return folder_entries(path, {*classes, *spec.classes, *(str(i) for i in range(len(classes)))}, left_out)
-    if spec.type == 'files': return named_entries(path, spec.pattern, left_out)
-    if spec.type == 'tiles': return tile_entries(path, spec, left_out)
+        known = {*classes, *spec.classes, *(str(i) for i in range(len(classes)))}
+        return folder_entries(path, known, left_out, study.data.limits)
+    if spec.type == 'files': return named_entries(path, spec.pattern, left_out, study.data.limits)
+    if spec.type == 'tiles': return tile_entries(path, spec, left_out, study.data.limits)
     return hub_entries(study.path(study.data.root), spec)
 
 def set_samples(study: Study,   # the study
@@ -678,22 +745,46 @@ def set_samples(study: Study,   # the study
         return rendered_samples(spec, path, classes, study.seed), sum(spec.splits.values())
     if spec.type == 'webdataset':
         seen = dict(background=spec.background or '', value_range=spec.value_range)
-        return shard_samples(path, classes, size, ch, **seen), None
+        return shard_samples(path, classes, size, ch, left_out, study.data.limits, **seen), None
     found = translate(_entries(study, spec, path, left_out), spec, classes, name, left_out)
     try:
-        found = usable(found, spec, size, ch, left_out)
+        found = usable(found, spec, size, ch, left_out, study.data.limits)
     except StudyError as e:
         raise StudyError(f"set {name!r}: {e}") from None
-    return image_samples(hold_out(found, spec, seed, name), spec, size, ch), len(found)
+    kept = hold_out(found, spec, seed, name)
+    return image_samples(kept, spec, size, ch, left_out, study.data.limits), len(found)
 
 # %% ../nbs/01_data.ipynb #755e5bf2
-def _say_left_out(name, m, left_out, notes):
-    "List what is not in the set, or in it under two classes, and say in one line how much of each there is."
+def near_copies(m: pd.DataFrame,   # manifest
+                shapes,            # `difference_hash` of each image
+                bits: int          # at most so many of the 64 bits differ
+               ) -> pd.DataFrame:  # one row per image that is like one of an earlier split, `train` first
+    "Images of two splits that look alike: the test set may ask for what was learned by heart."
+    names, rows, earlier = file_names(m).to_numpy(), [], NearHashes(bits)
+    splits = m.groupby('split').indices
+    for split in sorted(splits, key=lambda s: s != 'train'):
+        here = splits[split]
+        for i in here:
+            if near := earlier.nearest(shapes[i]):
+                rows.append((i, *near))
+        for i in here:
+            earlier.add(shapes[i], i)
+    i, j, d = (np.array(v, int) for v in zip(*rows)) if rows else np.zeros((3, 0), int)
+    out = {f'{w}{c}': m[c].to_numpy()[k] for w, k in (('', i), ('near_', j)) for c in ('split', 'class')}
+    return pd.DataFrame(dict(file=names[i], near_file=names[j], **out, bits=d))
+
+# %% ../nbs/01_data.ipynb #191b080d
+def _say_left_out(name, m, near, left_out, notes):
+    """List what is not in the set, stored otherwise, in it under two classes or like an image of another split, and say
+    in one line how much of each there is."""
     kinds = collections.Counter(re.split(r' \(| as |: ', r['reason'])[0] for r in left_out)
     two = m[m.groupby('sha256').label.transform('nunique') > 1].sort_values(['sha256', 'key'])
-    if len(two):
-        kinds['in it under two classes (two_classes.csv)'] = len(two)
-    for file, table in (('left_out.csv', pd.DataFrame(left_out)), ('two_classes.csv', two[['key', 'class', 'sha256']])):
+    two = two[['key', 'class', 'sha256']].assign(file=file_names(two))
+    for table, words in ((two, 'in it under two classes (two_classes.csv)'),
+                         (near, 'like one of another split (near_copies.csv)')):
+        if len(table):
+            kinds[words] = len(table)
+    for file, table in (('left_out.csv', pd.DataFrame(left_out)), ('two_classes.csv', two), ('near_copies.csv', near)):
         (notes/file).unlink(missing_ok=True)
         if len(table):
             write_csv(notes/file, table)
@@ -707,12 +798,19 @@ def build_set(study: Study,  # the study
     folder, classes = study.set_dir(name), study.study.classes
     spec, notes, left_out = study.data.sets[name], study.path('runs', 'data', name), []
     samples, total = set_samples(study, name, left_out)
-    m = write_set(folder, samples, classes, study.data.shard_size, total)
+    shapes, foreign = [], isinstance(spec, (ImagesSpec, ShardsSpec))      # what we make ourselves is alike by intention
+    def watched():
+        for s in samples:
+            if foreign:
+                shapes.append(difference_hash([s['image']])[0])
+            yield s
+    m = write_set(folder, watched(), classes, study.data.shard_size, total)
     try:
         check_set(m, name, classes, getattr(spec, 'fewer_classes', False))
     except StudyError:
         shutil.rmtree(folder)                # nobody is to find it
         raise
     write_atomic(notes/'samples.png', encode_png(sample_grid(folder, len(classes))))
-    _say_left_out(name, m, left_out, notes)
+    near = near_copies(m, shapes, study.data.near_bits) if foreign else ()
+    _say_left_out(name, m, near, left_out, notes)
     return m

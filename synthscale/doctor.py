@@ -185,6 +185,8 @@ def _alone(study, wait=_WAIT):
             stage = FileLock(path)
             try:
                 stage.acquire(timeout=max(until-time.time(), 0))
+            except PermissionError:
+                raise StudyError(f"{path}: {path.owner()} made it, and only they can write to it") from None
             except Timeout:
                 raise StudyError(f"{path.stem} is running ({path}); wait for it, or stop it") from None
             held.append(stage.release)

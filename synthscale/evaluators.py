@@ -5,6 +5,7 @@
 # %% ../nbs/04a_evaluators.ipynb #8c01d290
 from __future__ import annotations
 import hashlib, json
+from typing import Literal
 import pandas as pd
 from .recipes import ENGINE
 from .shards import load_set, subset
@@ -19,8 +20,9 @@ class EvaluatorSpec(Section):
     "A reference classifier, trained once and then only used."
     set: Ident                       # the image set it is trained on
     split: Ident = 'train'
-    n_images: Positive               # first n of the class-balanced order of seed 0
+    n_images: Positive               # first n of the order of seed 0
     recipe: Ident                    # under recipes
+    balance: Literal['equal', 'own'] = 'equal'     # of the classes in that order; own: the set's own shares
 
 EvaluatorsSection = dict[Key, EvaluatorSpec]
 
@@ -42,6 +44,8 @@ def evaluator_card(study: Study,  # the study
     return pd.DataFrame(rows, columns=['evaluator', 'split', 'loss', 'top1', 'n'])
 
 # %% ../nbs/04a_evaluators.ipynb #b8028095
+_THREADS = 1      # that an evaluator is trained with on a CPU, whatever OMP_NUM__THREADS says: sums depend on it
+
 def evaluator_key(study: Study,  # the study
                   name: str,     # under evaluators
                   rows           # of the manifest: its training images, in order
@@ -49,8 +53,9 @@ def evaluator_key(study: Study,  # the study
     "A hash of everything that decides the weights of an evaluator."
     spec = study.evaluators[name]
     recipe = study.recipes[spec.recipe].model_dump(exclude={'reference'})
-    about = dict(engine=ENGINE, recipe=recipe, classes=study.study.classes, channels=study.data.channels,
-                 seed=study.seed('model', name), images=rows.sha256.tolist(), labels=rows.label.tolist())
+    about = dict(engine=ENGINE, threads=_THREADS, recipe=recipe, classes=study.study.classes,
+                 channels=study.data.channels, seed=study.seed('model', name), images=rows.sha256.tolist(),
+                 labels=rows.label.tolist())
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/04a_evaluators.ipynb #335ac46c
@@ -64,13 +69,13 @@ def build_evaluator(study: Study,  # the study
     spec, classes = study.evaluators[name], study.study.classes
     recipe = study.recipes[spec.recipe]
     s = load_set(study.set_dir(spec.set), spec.split)
-    i = subset(s, spec.n_images, study.seed('order', spec.set, 0), len(classes))
+    i = subset(s, spec.n_images, study.seed('order', spec.set, 0), len(classes), spec.balance)
     out, note = study.path('evaluators', name), study.path('runs', 'evaluators', f'{name}.json')
     key = evaluator_key(study, name, s.manifest.iloc[i])
     if made_before(note, key, out): return evaluator_card(study, name, load_net(out)[0])
     import torch
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)         # so that the number of cores is not in the weights
+        torch.set_num_threads(_THREADS)
     images, labels = s.images[i], s.labels[i]
     seed = study.seed('model', name)
     net = create_net(recipe.arch, len(classes), study.data.channels, derive_seed(seed, 'init'))
@@ -79,5 +84,5 @@ def build_evaluator(study: Study,  # the study
     std = features(net, images).std(0).round(6).tolist()
     about = dict(set=spec.set, split=spec.split, n_images=spec.n_images, feature_std=std)
     save_net(out, net.cpu(), recipe.arch, classes, study.data.channels, about)
-    note_made(note, key, out)
+    note_made(note, key, out, threads=_THREADS)
     return evaluator_card(study, name, net)

@@ -4,20 +4,19 @@
 
 # %% ../nbs/04c_filters.ipynb #3d5465e8
 from __future__ import annotations
-import hashlib, json, shutil
+import json, shutil
 from typing import Annotated, Literal
 import numpy as np
 import pandas as pd
-from PIL import Image
 from pydantic import Field
 from tqdm import tqdm
+from .pixels import NearHashes, difference_hash, pixel_hash
 from .shards import by_class, check_set, encode_png, read_manifest, read_shard, replace_folder, sample_grid
 from .study import (Count, Ident, Key, Section, Study, StudyError, atomic_file, file_sha256, link_or_copy,
                               nearest, write_atomic)
 
 # %% auto #0
-__all__ = ['FiltersSection', 'FilterSpec', 'confidence', 'pixel_hash', 'difference_hash', 'repeats', 'inspect_images',
-           'filter_set', 'filter_counts']
+__all__ = ['FiltersSection', 'FilterSpec', 'confidence', 'repeats', 'inspect_images', 'filter_set', 'filter_counts']
 
 # %% ../nbs/04c_filters.ipynb #7963a2b5
 class FilterSpec(Section):
@@ -43,24 +42,6 @@ def confidence(net,      # an evaluator
     p = torch.softmax(torch.as_tensor(logits(net, images)).double(), 1).numpy()
     return p[np.arange(len(labels)), labels]
 
-# %% ../nbs/04c_filters.ipynb #d03393a2
-def pixel_hash(images    # uint8, n x h x w x c
-              ) -> list:
-    "A hash of the pixels of each image."
-    return [hashlib.sha256(np.ascontiguousarray(a).tobytes()).digest() for a in images]
-
-def _small_grey(a    # uint8, h x w x c
-               ) -> np.ndarray:    # int, 8 x 9
-    "An image as 9 x 8 grey pixels."
-    im = Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a).convert('L')
-    return np.asarray(im.resize((9, 8), Image.Resampling.BILINEAR), int)
-
-def difference_hash(images    # uint8, n x h x w x c
-                   ) -> np.ndarray:    # n uint64, one bit for each of 8 x 8 pixels
-    "The difference hash of each image."
-    bits = np.stack([(s[:, :-1] < s[:, 1:]).ravel() for s in map(_small_grey, images)])
-    return np.packbits(bits, 1).view('>u8')[:, 0].astype(np.uint64)
-
 # %% ../nbs/04c_filters.ipynb #38d76d2f
 def _repeats_of_class(here,          # positions of the images of one class
                       pixels: list,  # as for `repeats`
@@ -69,20 +50,17 @@ def _repeats_of_class(here,          # positions of the images of one class
                       of             # changed in place: what each image repeats
                      ):
     "Mark the repeats within one class."
-    kept, codes = np.empty(len(here), np.int64), np.empty(len(here), np.uint64)      # the first k are used
-    k, seen = 0, {}
+    kept, seen = NearHashes(bits), {}
     for i in here:
         j = seen.setdefault(pixels[i], i)
         if j != i:                                       # the first image of these pixels may itself be a near repeat
             of[i] = of[j] if of[j] >= 0 else j
-            continue
-        if shapes is not None and k:
-            d = np.bitwise_count(codes[:k] ^ shapes[i])
-            if d.min() <= bits:
-                of[i] = kept[d.argmin()]
-                continue
-        kept[k], codes[k] = i, 0 if shapes is None else shapes[i]
-        k += 1
+        elif shapes is not None:
+            near = kept.nearest(shapes[i])
+            if near:
+                of[i] = near[0]
+            else:
+                kept.add(shapes[i], i)
 
 def repeats(pixels: list,  # pixel_hash of each image
             shapes,        # difference_hash of each; None: only equal pixels count

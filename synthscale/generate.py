@@ -40,6 +40,7 @@ class SourceCurve(Section):
     seeds: Union[Positive, None] = None            # null: classify.seeds
     recipe: Union[Ident, None] = None              # under recipes; null: classify.recipe
     one_seed_above: Union[Positive, None] = None   # larger points have one seed; null: classify.one_seed_above
+    balance: Union[Literal['equal', 'own'], None] = None       # of the classes; null: classify.balance
 
 class SourceSpec(Section):
     "A generated image set: one model, one prompt set, one guidance scale."

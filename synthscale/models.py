@@ -327,7 +327,8 @@ def build_model(study: Study,  # the study
     shutil.rmtree(new, ignore_errors=True)
     link_tree(kept/'pipeline', new)
     replace_folder(new, out)
-    note_made(note, key, out)
+    trained = study.models[name].type.startswith('mini_')
+    note_made(note, key, out, **(dict(threads=training_threads()) if trained else {}))
     return out
 
 # %% ../nbs/02_models.ipynb #d0dc053b

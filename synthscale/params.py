@@ -7,7 +7,7 @@ from __future__ import annotations
 import json, re, string
 from pydantic import BaseModel, TypeAdapter
 from .curves import curves_of, is_synthetic, scored_sets
-from .data import HubImagesSpec, ImagesSpec, TilesSpec
+from .data import DigitsSpec, HubImagesSpec, ImagesSpec, RenderedDigitsSpec, TilesSpec
 from .generate import source_spec
 from .laws import fit_ranges
 from .models import HubFiles, HubSpec, LocalSpec
@@ -15,7 +15,7 @@ from .report import labels_of
 from .study import SECTIONS, Study, StudyError, file_sha256, nearest
 
 # %% auto #0
-__all__ = ['RENAMED', 'REQUIRED', 'renamed_keys', 'problems', 'check_study', 'resolved', 'params_json']
+__all__ = ['RENAMED', 'REQUIRED', 'renamed_keys', 'known_splits', 'problems', 'check_study', 'resolved', 'params_json']
 
 # %% ../nbs/10_params.ipynb #a4000007
 RENAMED = {     # old key, * for any name -> what it is now
@@ -79,6 +79,19 @@ def _check_classes(c):
         c.say(f"study.classes names {k!r}, which is a folder and no name")
     for k in dict.fromkeys(k for k in classes if classes.count(k) > 1):
         c.say(f"study.classes names {k!r} twice: each class needs its own name")
+
+def _check_case(c):
+    "Names that are folders differ in more than upper and lower case, which some file systems do not tell apart."
+    s = c.study
+    groups = {'image sets': s.sets, 'models': s.models, 'evaluators': s.evaluators,
+              'curves': [*s.classify.curves, *s.classify.mixtures]}
+    for what, names in groups.items():
+        first = {}
+        for n in names:
+            other = first.setdefault(n.casefold(), n)
+            if other == n: continue
+            c.say(f"the {what} {other!r} and {n!r} differ by upper and lower case alone: not every file system tells "
+                  "their folders apart")
 
 def _check_sets(c):
     "Each image set has a name of its own."
@@ -243,6 +256,13 @@ def _check_guidance(c, key, scale, model):
     if not least <= scale < float('inf'):      # written so that NaN is refused, too
         c.say(f"{key} is {scale:g}: expected a finite number from {what}")
 
+def _check_recipes(c):
+    "Padding for crops is smaller than the image, of which it is a reflection."
+    for n, r in c.study.recipes.items():
+        side = r.input_size or c.study.data.image_size
+        c.unless(r.augment.crop < side, f'recipes.{n}.augment.crop', r.augment.crop,
+                 f'less than the {side} pixels of an image, whose reflection is the padding')
+
 def _check_evaluators(c):
     "Evaluators, and the sets that they score."
     s = c.study
@@ -257,11 +277,33 @@ def _check_evaluators(c):
         c.ref('quality.sets', n, s.data.sets, 'set under data.sets')
 
 # %% ../nbs/10_params.ipynb #a4000015
+def known_splits(spec    # of a set under data.sets
+                ):       # names; None where only its input tells
+    "The splits that a set will have, as far as params.yaml says."
+    if isinstance(spec, DigitsSpec): return ['train', 'val', 'test', 'ood']
+    if isinstance(spec, RenderedDigitsSpec): return list(spec.splits)
+    if not isinstance(spec, ImagesSpec) or not spec.splits: return None
+    return list(dict.fromkeys([*(s for s in spec.splits.values() if s), *spec.hold_out]))
+
+def _check_splits(c):
+    "Splits that are named are those of their sets, so far as these are known before they are made."
+    s, e = c.study, c.study.classify.eval
+    named = [(f'classify.eval: split {n!r}', e.set_of(n), n) for n in e.every]
+    named += [(f'evaluators.{k}.split', v.set, v.split) for k, v in s.evaluators.items()]
+    named += [(f'quality.sets.{k}.split', k, v.split) for k, v in s.quality.sets.items()]
+    named += [(f'models.{k}.split', m.input.removeprefix('sets/'), m.split) for k, m in s.models.items()
+              if not isinstance(m, (HubSpec, LocalSpec))]
+    for key, name, split in named:
+        known = known_splits(s.data.sets[name]) if name in s.data.sets else None
+        if known is None or split in known: continue
+        c.say(f"{key}: set {name!r} has no split {split!r}{nearest(split, known)}")
+
 def _check_eval(c):
     "Test splits apart from the validation split."
     s, e = c.study, c.study.classify.eval
     for k in ('set', 'ood_set'):
         c.ref(f'classify.eval.{k}', getattr(e, k), s.data.sets, 'set under data.sets')
+    _check_splits(c)
     if e.validation in e.tested:
         c.say(f"classify.eval.validation is {e.validation!r}, which is also a test split: nothing may be selected on a "
               "test set")
@@ -355,8 +397,8 @@ def _check_report(c):
     for n in s.report.labels:
         c.ref('report.labels', n, [*curves, *s.sets, *s.prompts.sets], 'curve, set or prompt set')
 
-_CHECKS = (_check_classes, _check_sets, _check_images, _check_models, _check_prompts, _check_sources, _check_evaluators,
-           _check_filters, _check_eval, _check_curves, _check_laws, _check_report)
+_CHECKS = (_check_classes, _check_sets, _check_case, _check_images, _check_models, _check_prompts, _check_sources,
+           _check_recipes, _check_evaluators, _check_filters, _check_eval, _check_curves, _check_laws, _check_report)
 
 # %% ../nbs/10_params.ipynb #a4000018
 REQUIRED = ('study', 'data', 'classify')     # the sections without which there is no study
@@ -420,6 +462,7 @@ def resolved(study: Study    # checked
         del out['classify'][key]
     out['laws'] |= {'fit_range': fit_ranges(study)}
     out['quality'] |= {'sets': _dump(scored_sets(study))}
+    del out['quality']['balance']
     out['report'] |= {'labels': labels_of(study)}
     out['names'] = dict(sets=study.sets, curves=list(curves), scored=list(out['quality']['sets']))
     return out

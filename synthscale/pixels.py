@@ -4,13 +4,16 @@
 
 # %% ../nbs/00j_pixels.ipynb #0e0f95e1
 from __future__ import annotations
-import io, re
+import hashlib, io, re
+from typing import Annotated
 import numpy as np
 from PIL import Image, ImageOps
-from .study import StudyError
+from pydantic import Field
+from .study import Positive, Section, StudyError
 
 # %% auto #0
-__all__ = ['IMAGE_TYPES', 'OTHER_TYPES', 'open_image', 'as_seen']
+__all__ = ['IMAGE_TYPES', 'OTHER_TYPES', 'Limits', 'check_archive', 'open_image', 'as_seen', 'changes', 'pixel_hash',
+           'difference_hash', 'NearHashes']
 
 # %% ../nbs/00j_pixels.ipynb #27da1d1e
 IMAGE_TYPES = tuple('''png jpg jpeg webp bmp tif tiff gif
@@ -20,13 +23,40 @@ IMAGE_TYPES = tuple('''png jpg jpeg webp bmp tif tiff gif
 # Images that Pillow cannot read here, or only with another program beside it.
 OTHER_TYPES = tuple('heic heif jxl raw dng cr2 cr3 nef arw orf rw2 svg eps ps exr hdr wmf emf xcf dcm dicom'.split())
 
+# %% ../nbs/00j_pixels.ipynb #12029924
+class Limits(Section):
+    "How much an image or an archive of the outside may hold; more is a mistake, or meant to fill a machine."
+    pixels: Positive = 178_956_970   # of one image; beyond it Pillow refuses, too
+    member_bytes: Positive = 2**30   # of one file in a tar or zip
+    members: Positive = 10**7        # files in one tar or zip
+    total_bytes: Positive = 2**40    # of all files of one tar or zip, unpacked
+    ratio: Annotated[float, Field(gt=1)] = 100.    # of unpacked to packed bytes, in archives of more than `_SMALL`
+
+_SMALL = 2**26       # bytes, unpacked: what is smaller may be as empty as it likes
+
+def check_archive(path,           # of a tar or zip, for errors
+                  members: int,   # files in it, so far
+                  total: int,     # their bytes, unpacked
+                  packed: int,    # bytes of the archive
+                  limits: Limits  # what is too much
+                 ):
+    "Raise `StudyError` where an archive holds more than is allowed, with the key of params.yaml that allows it."
+    ratio = total/max(packed, 1) if total > _SMALL else 0
+    found = dict(members=members, total_bytes=total, ratio=round(ratio, 1))
+    for key, value in found.items():
+        if value <= getattr(limits, key): continue
+        raise StudyError.at(f'{path}: {key}', value, f'at most {getattr(limits, key):g}', f' (data.limits.{key})')
+
 # %% ../nbs/00j_pixels.ipynb #043c3ec5
-def open_image(data: bytes,    # an encoded image
-               name=''         # named in errors
-              ):               # a Pillow image, read to its end
+def open_image(data: bytes,                  # an encoded image
+               name='',                      # named in errors
+               pixels: int = Limits().pixels # an image of more is an error
+              ):                             # a Pillow image, read to its end
     "An image file, or an error that names it."
     try:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, pixels)      # where more than Pillow's own is allowed
         im = Image.open(io.BytesIO(data))
+        if im.width*im.height > pixels: raise ValueError(f'{im.width} x {im.height} pixels, expected at most {pixels}')
         im.load()
     except Exception as e:           # of the decoders: there are dozens of kinds
         what = re.sub(r' ?<_io\.BytesIO[^>]*>', '', str(e)) or type(e).__name__
@@ -59,21 +89,41 @@ def _opaque(im, background, name):
     return Image.alpha_composite(Image.new('RGBA', im.size, background), layered).convert('RGB')
 
 # %% ../nbs/00j_pixels.ipynb #3c4944ee
+def _other_space(profile, mode):
+    "The colour profile that translates an image's colours; None where they are sRGB, or it cannot be used."
+    from PIL import ImageCms
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else None
+        if mode == 'LAB' and not own:
+            own = ImageCms.createProfile('LAB')
+        return own if own and 'srgb' not in ImageCms.getProfileDescription(own).lower() else None
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None                      # a profile that cannot be used is ignored, as by every viewer
+
 def _srgb(im, profile):
     "Grey or RGB, by the file's own colour profile where it has one."
     from PIL import ImageCms
     if im.mode in ('P', 'HSV', 'YCbCr'):
         im = im.convert('RGB')
-    srgb = ImageCms.createProfile('sRGB')
-    try:
-        own = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else None
-        if im.mode == 'LAB' and not own:
-            own = ImageCms.createProfile('LAB')
-        if own and 'srgb' not in ImageCms.getProfileDescription(own).lower():
-            return ImageCms.profileToProfile(im, own, srgb, outputMode='RGB')
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        pass                             # a profile that cannot be used is ignored, as by every viewer
+    if own := _other_space(profile, im.mode):
+        try:
+            return ImageCms.profileToProfile(im, own, ImageCms.createProfile('sRGB'), outputMode='RGB')
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            pass
     return im if im.mode == 'L' else im.convert('RGB')
+
+_GAMMA = 1/2.2      # of sRGB, about; a PNG file without a profile may state another one
+
+def _gamma(im):
+    "The gamma that a PNG file states beside no profile; None where it is that of sRGB or absent."
+    said = im.info.get('gamma')
+    usual = im.format != 'PNG' or not said or {'icc_profile', 'srgb'} & im.info.keys() or abs(said-_GAMMA) < .02
+    return None if usual else float(said)
+
+def _by_gamma(im, gamma):
+    "8 bits a channel, from stored levels whose gamma is another than that of sRGB."
+    if not gamma: return im
+    return im.point([round(255*(v/255)**(_GAMMA/gamma)) for v in range(256)]*len(im.getbands()))
 
 def as_seen(im,                        # a Pillow image
             background: str = '',      # behind transparent pixels: white or black; '': such an image is an error
@@ -83,7 +133,90 @@ def as_seen(im,                        # a Pillow image
            ):                          # 8 bits a channel, grey or RGB
     "An image upright, in sRGB, with 8 bits a channel, without transparency."
     format, profile, said = im.format, im.info.get('icc_profile'), im.info.keys()
-    notes = {'icc_profile', 'exif', 'transparency', 'xmp', 'Raw profile type exif'}
-    if im.mode in ('L', 'RGB') and not said & notes and format not in ('TIFF', 'MPO'): return im
+    gamma = _gamma(im)
+    if im.mode in ('L', 'RGB') and not said & _NOTES and not gamma and format not in ('TIFF', 'MPO'): return im
     im = ImageOps.exif_transpose(im)
-    return _srgb(_opaque(_eight_bits(im, format, value_range, name), background, name), profile)
+    return _by_gamma(_srgb(_opaque(_eight_bits(im, format, value_range, name), background, name), profile), gamma)
+
+_NOTES = {'icc_profile', 'exif', 'transparency', 'xmp', 'Raw profile type exif'}
+
+# %% ../nbs/00j_pixels.ipynb #4cd64230
+def _frames(im):
+    "How many pictures a file has; 1 where it cannot say."
+    try:
+        return getattr(im, 'n_frames', 1)
+    except Exception:                    # of the decoders: a later picture is damaged, and only the first one is used
+        return 1
+
+def _transparent(im):
+    "Whether some pixels of an image are transparent."
+    if im.mode not in ('RGBA', 'LA', 'PA', 'La', 'RGBa') and 'transparency' not in im.info: return False
+    return im.convert({'La': 'LA', 'RGBa': 'RGBA'}.get(im.mode, im.mode)).convert('RGBA').getextrema()[3][0] < 255
+
+def changes(im,         # as `open_image` gives it
+            size: int   # pixels per side that it will have
+           ) -> str:    # '' where it is stored as it is, but for its size and format
+    "What `as_seen` does to an image, and whether it is enlarged, in words."
+    orientation = im.getexif().get(0x0112, 1)
+    found = {'turned upright': 2 <= (orientation if isinstance(orientation, int) else 1) <= 8,
+             'from another colour space': bool(_other_space(im.info.get('icc_profile'), im.mode)),
+             'from another gamma': bool(_gamma(im)),
+             'reduced to 8 bits': im.mode.startswith('I') or im.mode == 'F',
+             'put over the background': _transparent(im),
+             'the first of several pictures': _frames(im) > 1,
+             f'enlarged from {im.width} x {im.height} pixels': min(im.size) < size}
+    return ', '.join(k for k, v in found.items() if v)
+
+# %% ../nbs/00j_pixels.ipynb #a9454834
+def pixel_hash(images    # uint8, n x h x w x c
+              ) -> list:
+    "A hash of the pixels of each image."
+    return [hashlib.sha256(np.ascontiguousarray(a).tobytes()).digest() for a in images]
+
+def _small_grey(a    # uint8, h x w x c
+               ) -> np.ndarray:    # int, 8 x 9
+    "An image as 9 x 8 grey pixels."
+    im = Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a).convert('L')
+    return np.asarray(im.resize((9, 8), Image.Resampling.BILINEAR), int)
+
+def difference_hash(images    # uint8, n x h x w x c
+                   ) -> np.ndarray:    # n uint64, one bit for each of 8 x 8 pixels
+    "The difference hash of each image."
+    bits = np.stack([(s[:, :-1] < s[:, 1:]).ravel() for s in map(_small_grey, images)])
+    return np.packbits(bits, 1).view('>u8')[:, 0].astype(np.uint64)
+
+# %% ../nbs/00j_pixels.ipynb #a48ffb22
+class NearHashes:
+    "64-bit hashes, of which the nearest to another one is found without comparing all."
+    def __init__(self,
+                 bits: int    # hashes are near that differ in at most so many of the 64 bits
+                ):
+        self.bits, self.codes, self.names = bits, [], []
+        ends = [64*i//(min(bits, 63)+1) for i in range(min(bits, 63)+2)]
+        self.pieces = [(a, (1 << (b-a))-1) for a, b in zip(ends, ends[1:])]
+        self.tables = [{} for _ in self.pieces]
+        self.equal = {}
+
+    def add(self,
+            code,      # a hash
+            name       # what `nearest` gives for it
+           ):
+        "One more hash; of equal ones the first counts."
+        code = int(code)
+        if self.equal.setdefault(code, len(self.codes)) < len(self.codes): return
+        for (shift, mask), table in zip(self.pieces, self.tables):
+            table.setdefault(code >> shift & mask, []).append(len(self.codes))
+        self.codes.append(code)
+        self.names.append(name)
+
+    def nearest(self,
+                code      # a hash
+               ):         # (name of the nearest hash, bits that differ), of several the first added; None: none
+        "The nearest hash within the bits."
+        code = int(code)
+        if code in self.equal: return self.names[self.equal[code]], 0
+        lists = [table.get(code >> shift & mask, ()) for (shift, mask), table in zip(self.pieces, self.tables)]
+        here = {i for some in lists for i in some}
+        best = min(((self.codes[i] ^ code).bit_count() << 40 | i for i in here), default=None)
+        if best is None or best >> 40 > self.bits: return None
+        return self.names[best & (1 << 40)-1], best >> 40

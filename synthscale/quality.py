@@ -83,7 +83,7 @@ def score_set(study: Study,  # the study
                          f"{nearest(name, scored)}")
     spec = scored[name]
     s = load_set(study.set_dir(name), spec.split)
-    i = subset(s, spec.n_images, study.seed('order', name, 0), len(classes))
+    i = subset(s, spec.n_images, study.seed('order', name, 0), len(classes), spec.balance)
     labels, rows = s.labels[i], []
     table = class_scores(study, s.images[i], labels)
     def add(metric, class_, value, n):

@@ -10,12 +10,20 @@ from pydantic_core import PydanticCustomError
 from .study import Count, Ident, Key, Positive, Rate, Section
 
 # %% auto #0
-__all__ = ['ENGINE', 'METRICS', 'BUILT_IN', 'RecipesSection', 'Arch', 'Optimizer', 'Schedule', 'Augment', 'Recipe']
+__all__ = ['ENGINE', 'METRICS', 'BUILT_IN', 'RecipesSection', 'mean_recall', 'Arch', 'Optimizer', 'Schedule', 'Augment', 'Recipe']
 
 # %% ../nbs/00f_recipes.ipynb #a2000007
 ENGINE = 1      # of training and measuring: raise it when a change of `train` or `loop` changes a number
 
-METRICS = ('loss', 'loss_calibrated', 'top1', 'top5', 'ece')     # of every point on every split, see train
+METRICS = ('loss', 'loss_calibrated', 'top1', 'mean_per_class_recall', 'top5', 'ece')     # of every point on every
+                                     # split, see train
+
+def mean_recall(recall: list,  # of each class; None where the split has no image of it
+                n: list        # images of each class
+               ) -> tuple:     # mean over the classes that the split has, and its standard error
+    "The mean of the classes' recalls: what top-1 would be, had each class as many test images."
+    there = [(r, k) for r, k in zip(recall, n) if k]
+    return sum(r for r, _ in there)/len(there), sum(r*(1-r)/k for r, k in there)**.5/len(there)
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
 

@@ -112,6 +112,7 @@ def _numbers(df, path):
         unknown = df[c].isna() & (c in ('stderr', 'n_test'))          # some metrics have no standard error
         _refuse(df, ~(np.isfinite(v) | unknown) | (df[c].map(type) == bool), c, path, 'a number')
         _refuse(df, (v < 0) & (c != 'value'), c, path, 'a number of at least 0')
+        _refuse(df, (v == 0) & (c == 'n_test'), c, path, 'a number of test images')
         _refuse(df, v.notna() & (v != v.round()) & c.startswith('n_'), c, path, 'a whole number')
         if not pd.api.types.is_numeric_dtype(df[c]):
             df = df.assign(**{c: v})

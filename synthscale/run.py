@@ -121,6 +121,9 @@ def one_writer(path,               # lock file
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
+    except PermissionError:
+        raise StudyError(f"{path}: {path.owner()} made it, and only they can write to it: two users of one study need "
+                         "a group of theirs and git's core.sharedRepository, or a clone each") from None
     except Timeout:
         print(f'waiting for another run of {path.stem} to end', file=sys.stderr, flush=True)
         try:

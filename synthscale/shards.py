@@ -12,14 +12,14 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from tqdm import tqdm
-from .pixels import IMAGE_TYPES, as_seen, open_image
+from .pixels import IMAGE_TYPES, Limits, as_seen, changes, check_archive, open_image
 from .study import StudyError, atomic_file, file_sha256, nearest
 
 # %% auto #0
-__all__ = ['LARGEST', 'COLUMNS', 'encode_image', 'encode_png', 'decode', 'write_shard', 'tar_samples', 'replace_folder',
-           'write_set', 'check_manifest', 'check_folder', 'read_manifest', 'left_out_keys', 'check_keys', 'read_shard',
+__all__ = ['COLUMNS', 'encode_image', 'encode_png', 'decode', 'write_shard', 'tar_samples', 'replace_folder', 'write_set',
+           'check_manifest', 'check_folder', 'read_manifest', 'left_out_keys', 'check_keys', 'read_shard',
            'ShardImages', 'open_images', 'join', 'ImageSet', 'load_set', 'by_class', 'balanced_order', 'own_order',
-           'order_of', 'check_subset', 'subset', 'check_set', 'sample_grid']
+           'order_of', 'check_subset', 'subset', 'file_names', 'check_set', 'sample_grid']
 
 # %% ../nbs/00c_shards.ipynb #764070c0
 def _pillow(image):
@@ -45,11 +45,16 @@ def decode(data: bytes,               # an encoded image
            size: int,                 # pixels per side wanted
            channels: int,             # 1 or 3
            name='',                   # named in errors
-           background: str = '',      # behind transparent pixels, as for `as_seen`
-           value_range: list = None   # black and white of images of numbers, as for `as_seen`
+          background: str = '',      # behind transparent pixels, as for `as_seen`
+           value_range: list = None,  # black and white of images of numbers, as for `as_seen`
+           pixels: int = Limits().pixels,   # as for `open_image`
+           notes: list = None         # filled: what of the image was changed, as `changes` says it
           ):                          # uint8 array, size x size x channels
     "Decode an image as it is seen; shorter side resized to `size` (antialiased), centre cropped, grey or RGB."
-    im = as_seen(open_image(data, name), background, value_range, name).convert('L' if channels == 1 else 'RGB')
+    im = open_image(data, name, pixels)
+    if notes is not None and (changed := changes(im, size)):
+        notes.append(changed)
+    im = as_seen(im, background, value_range, name).convert('L' if channels == 1 else 'RGB')
     if im.size != (size, size):
         w, h = im.size
         s = size/min(w, h)
@@ -80,31 +85,42 @@ def write_shard(path,             # NAME-000000.tar or, where headers outweigh t
                     _add(tar, f"{s['key']}.txt", s['caption'].encode())
 
 # %% ../nbs/00c_shards.ipynb #adda1069
-LARGEST = 2**30       # bytes of one image or text; what claims to be larger is none
-
 def _at_its_end(tar, last):
-    "Raise unless a tar was read to the mark at its end."
+    "Raise unless a tar was read to the mark at its end, and nothing is behind it."
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(512) != bytes(512):
         raise tarfile.ReadError(f'cut or damaged after {last}' if last else 'cut or damaged at its beginning')
-    while tar.fileobj.read(2**20):               # a compressed one is checked when it is read to its end
-        continue
+    while more := tar.fileobj.read(2**20):               # a compressed one is checked when it is read to its end
+        if any(more): raise tarfile.ReadError(f'it ends after {last}, and more follows, as of a second tar')
 
-def tar_samples(path    # a .tar or .tar.gz shard
-               ):       # yields (key, {extension: bytes})
+def _tar_files(tar, path, limits):
+    "The files of a tar as pairs of a name and its bytes; what is no file but a folder is an error."
+    packed, total = os.path.getsize(path), 0
+    for n, member in enumerate(tar, 1):
+        if member.isdir(): continue
+        if not member.isfile():
+            raise tarfile.ReadError(f'{member.name} is a link or a device, expected files alone')
+        if member.size > limits.member_bytes:
+            raise tarfile.ReadError(f'{member.name} has {member.size} bytes, expected at most {limits.member_bytes} '
+                                    '(data.limits.member_bytes)')
+        total += member.size
+        check_archive(path, n, total, packed, limits)
+        yield member.name, tar.extractfile(member).read()
+
+def tar_samples(path,                      # a .tar or .tar.gz shard
+                limits: Limits = Limits()  # what is too much
+               ):                          # yields (key, {extension: bytes})
     "The samples of a WebDataset shard in order; a sample's files are adjacent and share the name up to the first dot."
     key, sample = None, {}
     with tarfile.open(path, 'r:*') as tar:
-        for member in tar:
-            if not member.isfile(): continue
-            if member.size > LARGEST:
-                raise tarfile.ReadError(f'{member.name} has {member.size} bytes, expected at most {LARGEST}')
-            base, _, ext = member.name.rpartition('/')[2].partition('.')
-            k = member.name[:len(member.name)-len(ext)-1] if ext else member.name
+        for name, data in _tar_files(tar, path, limits):
+            base, _, ext = name.rpartition('/')[2].partition('.')
+            k = name[:len(name)-len(ext)-1] if ext else name
             if k != key and sample:
                 yield key, sample
                 sample = {}
-            key, sample[ext.lower()] = k, tar.extractfile(member).read()
+            if ext.lower() in sample: raise tarfile.ReadError(f'{name} is there twice in one sample')
+            key, sample[ext.lower()] = k, data
         _at_its_end(tar, key)
     if sample:
         yield key, sample
@@ -335,14 +351,18 @@ def read_shard(path,                  # a shard
 # %% ../nbs/00c_shards.ipynb #8e19b53a
 class ShardImages:
     "Images that stay in their shards (plain tar) until they are wanted; `np.asarray(images)` reads all of them."
+    COLUMNS = 'files', 'offsets', 'sizes', 'hashes'
+
     def __init__(self,
                  files: list,    # of the shard of each image
                  offsets,        # bytes before each image
-                 sizes           # bytes of each image
+                 sizes,          # bytes of each image
+                 hashes=None     # SHA-256 of each image's bytes, compared when it is read; None: not compared
                 ):
         self.files = np.asarray(files, object)
         self.offsets = np.asarray(offsets, np.int64)
         self.sizes = np.asarray(sizes, np.int64)
+        self.hashes = np.full(len(self.files), None) if hashes is None else np.asarray(hashes, object)
         self._open = {}
 
     def __len__(self):
@@ -350,11 +370,15 @@ class ShardImages:
 
     def __getitem__(self, i):
         "One image for a number; a smaller `ShardImages` for a slice or a list."
-        if not isinstance(i, (int, np.integer)): return ShardImages(self.files[i], self.offsets[i], self.sizes[i])
+        if not isinstance(i, (int, np.integer)): return ShardImages(*(getattr(self, k)[i] for k in self.COLUMNS))
         f = self.files[i]
         if f not in self._open:
             self._open[f] = os.open(f, os.O_RDONLY)
-        return _plain(os.pread(self._open[f], int(self.sizes[i]), int(self.offsets[i])))
+        data = os.pread(self._open[f], int(self.sizes[i]), int(self.offsets[i]))
+        if self.hashes[i] and hashlib.sha256(data).hexdigest() != self.hashes[i]:
+            raise StudyError(f"{f}: the image at byte {self.offsets[i]} is not the one in the manifest; delete the "
+                             "folder and run dvc repro or dvc pull")
+        return _plain(data)
 
     def __array__(self, dtype=None, copy=None):
         return np.stack([self[i] for i in range(len(self))])
@@ -397,7 +421,7 @@ def open_images(folder,            # sets/NAME
     lost = [k for k in rows.key if k not in places]
     if lost:
         raise StudyError(f"{folder}: {len(lost)} images of the manifest are not in the shards, e.g. {lost[0]}")
-    return ShardImages(*zip(*(places[k] for k in rows.key)))
+    return ShardImages(*zip(*(places[k] for k in rows.key)), rows.get('sha256'))
 
 def join(parts: list    # arrays or ShardImages
         ):
@@ -406,7 +430,7 @@ def join(parts: list    # arrays or ShardImages
     if any(isinstance(p, np.ndarray) for p in parts):
         raise StudyError("images in memory and images in shards cannot be joined; "
                          "store the smaller set in plain tar shards (images of 64 pixels and more)")
-    return ShardImages(*(np.concatenate([getattr(p, k) for p in parts]) for k in ('files', 'offsets', 'sizes')))
+    return ShardImages(*(np.concatenate([getattr(p, k) for p in parts]) for k in ShardImages.COLUMNS))
 
 # %% ../nbs/00c_shards.ipynb #7626ae5e
 @dataclass
@@ -521,6 +545,11 @@ def subset(s: ImageSet,          # the whole split
     return order_of(s.labels, seed, balance)[:n]
 
 # %% ../nbs/00c_shards.ipynb #4909c044
+def file_names(m: pd.DataFrame   # rows of a manifest
+              ) -> pd.Series:
+    "What messages call images: the files that they were made of, where the manifest has them, else their keys."
+    return m['file'].where(m['file'].notna() & (m['file'] != ''), m.key) if 'file' in m else m.key
+
 def check_set(m: pd.DataFrame,    # manifest
               name: str,          # of the set
               classes: list,      # of the study
@@ -536,8 +565,8 @@ def check_set(m: pd.DataFrame,    # manifest
     first = m.drop_duplicates(['sha256', 'split'])
     twice = first[first.duplicated('sha256', keep=False)].sort_values('sha256')
     if len(twice):
-        raise StudyError(f"set {name!r}: the same image is in two splits: "
-                         f"{twice.key.iloc[0]} and {twice.key.iloc[1]} ({len(twice)} such keys)")
+        a, b = file_names(twice).iloc[:2]
+        raise StudyError(f"set {name!r}: the same image is in two splits: {a} and {b} ({len(twice)} such images)")
 
 # %% ../nbs/00c_shards.ipynb #d2ba4495
 def sample_grid(folder,              # sets/NAME

@@ -317,10 +317,11 @@ def _hashes(folder):
 
 def note_made(note,       # a JSON file
               key: str,   # hash of everything that decides the files
-              folder      # the files
+              folder,     # the files
+              **more      # what of it a reader may want to know, e.g. threads
              ) -> Path:
     "Write down what decided the files of a folder, and what they are."
-    return write_atomic(note, json.dumps(dict(key=key, files=_hashes(folder)), indent=1)+'\n')
+    return write_atomic(note, json.dumps(dict(key=key, **more, files=_hashes(folder)), indent=1)+'\n')
 
 def made_before(note,       # a JSON file
                 key: str,   # hash of everything that decides the files now

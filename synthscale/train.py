@@ -13,7 +13,7 @@ import timm, timm.optim, torch
 from safetensors.torch import load_file, save, save_file
 from torch.nn import functional as F
 from .loop import Average, Loop, NotFinite
-from .recipes import Arch, Augment, Optimizer, Recipe, Schedule
+from .recipes import Arch, Augment, Optimizer, Recipe, Schedule, mean_recall
 from .study import StudyError, derive_seed, nearest, write_atomic
 
 # %% auto #0
@@ -458,8 +458,10 @@ def measure(out,                      # logits, n x classes
     each = dict(loss=loss, loss_calibrated=scaled_, top1=hit, top5=hit5)
     values = {k: float(v.mean()) for k, v in each.items()} | dict(ece=calibration_error(p, hit))
     stderr = {k: (v.std(correction=0)/len(y)**.5).item() for k, v in each.items()}
-    return values | dict(stderr=stderr, n_test=len(y), class_recall=_per_class(hit, y, n),
-                         class_loss=_per_class(loss, y, n), class_n=n.tolist())
+    recall = _per_class(hit, y, n)
+    mean, error = mean_recall(recall, n.tolist())
+    return values | dict(mean_per_class_recall=mean, stderr=stderr | dict(mean_per_class_recall=error), n_test=len(y),
+                         class_recall=recall, class_loss=_per_class(loss, y, n), class_n=n.tolist())
 
 # %% ../nbs/01a_train.ipynb #2e64b023
 class Best:

@@ -1,7 +1,7 @@
 """DVC killed at any moment, its own writes among them: `synthscale doctor` and `synthscale repro` go on, without a
 hand, to the same bytes. Every kill is SIGKILL of the whole process group. As a program: `python tests/test_kills.py
 REPO FOLDER` runs the campaign on copies of a finished smoke study and prints its counts as one JSON line."""
-import json, os, random, shutil, signal, subprocess, sys, time
+import json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest
 from conftest import WAIT, environment, forget, ran, sh
@@ -300,3 +300,15 @@ def test_three_kills_two_of_them_aimed_at_what_dvc_writes(repo):
 
 if __name__ == '__main__':
     print(json.dumps(campaign(Path(sys.argv[1]), Path(sys.argv[2]))))
+
+@pytest.mark.slow
+def test_of_two_repros_in_one_study_one_does_the_work_and_the_other_waits_or_says_who_does(repo):
+    before = same_files(repo)
+    forget(repo, AGGREGATES)
+    how = dict(cwd=repo, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    a, b = (subprocess.Popen(cmd, **how) for cmd in (['dvc', 'repro'], [*SYNTHSCALE, 'repro']))
+    said = [p.communicate()[0] for p in (a, b)]
+    assert 0 in (a.returncode, b.returncode), said
+    for p, text in zip((a, b), said):
+        assert p.returncode == 0 or re.search(r'lock|being blocked by|process \d+', text), text
+    assert 'up to date' in sh('dvc repro', repo) and same_files(repo) == before

@@ -1,12 +1,12 @@
 """Images of other people: nothing is passed over in silence, pixels are what a person sees, labels are checked, and an
 archive is read to its end."""
-import io, os, tarfile, zipfile
+import io, os, struct, tarfile, zipfile, zlib
 import numpy as np, pandas as pd, pytest
 from PIL import Image, ImageOps
 from pydantic import TypeAdapter
 from conftest import dump
 from synthscale.data import SetSpec, build_set, folder_entries, shard_samples, translate, usable
-from synthscale.pixels import as_seen, open_image
+from synthscale.pixels import NearHashes, as_seen, changes, open_image
 from synthscale.shards import encode_png, read_manifest, tar_samples, write_shard
 from synthscale.smoke import smoke_params
 from synthscale.study import Study, StudyError
@@ -287,3 +287,203 @@ def test_no_number_and_a_broken_profile():
         as_seen(Image.fromarray(np.full((2, 2), np.nan, np.float32)), value_range=[0, 1])
     im = Image.fromarray(np.full((2, 2, 3), 9, np.uint8))
     assert (np.asarray(as_seen(back(im, icc_profile=b'no profile'))) == 9).all()
+
+# ---- what is changed, and what is alike
+
+def gradient(seed, side=32):
+    "A picture with a shape of its own."
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 255, (4, 4, 3), np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+
+def as_bytes(im, format='PNG', **how):
+    f = io.BytesIO()
+    im.save(f, format, **how)
+    return f.getvalue()
+
+@pytest.fixture
+def photos(tmp_path):
+    "Two classes of ten pictures that are not alike, in data/pets/train, and four of each in test."
+    for split, n in (('train', 10), ('test', 4)):
+        for k, (c, i) in enumerate((c, i) for c in CLASSES for i in range(n)):
+            put(tmp_path/'data'/'pets'/split/c/f'{i}.png', as_bytes(gradient(k if split == 'train' else 100+k)))
+    return tmp_path
+
+def exif(orientation):
+    e = Image.Exif()
+    e[0x0112] = orientation
+    return e
+
+def with_gamma(data, gamma):
+    "A PNG file that states a gamma."
+    body = b'gAMA'+struct.pack('>I', round(gamma*100000))
+    return data[:33]+struct.pack('>I', 4)+body+struct.pack('>I', zlib.crc32(body))+data[33:]
+
+CHANGED = {                                        # a file of each kind, and the word for what is done to it
+    'turned': (lambda im: as_bytes(im, 'JPEG', exif=exif(6)), 'turned upright'),
+    'two pictures': (lambda im: as_bytes(im.quantize(8), 'GIF', save_all=True, append_images=[im.quantize(4)]),
+                     'the first of several pictures'),
+    'small': (lambda im: as_bytes(im.resize((1, 1))), 'enlarged from 1 x 1 pixels'),
+    '16 bits': (lambda im: as_bytes(Image.fromarray(np.asarray(im.convert('L'), np.uint16)*257)),
+                'reduced to 8 bits'),
+    'transparent': (lambda im: as_bytes(Image.merge('RGBA', (*im.split(), im.convert('L')))),
+                    'put over the background'),
+    'gamma': (lambda im: with_gamma(as_bytes(im), 1.), 'from another gamma'),
+    'nothing': (lambda im: as_bytes(im, 'TIFF'), ''),
+}
+
+@pytest.mark.parametrize('kind', CHANGED)
+def test_whatever_is_changed_is_listed(photos, kind):
+    make, words = CHANGED[kind]
+    data = make(gradient(55))
+    end = open_image(data).format.lower()
+    put(photos/'data'/'pets'/'train'/'cat'/f'odd.{end}', data)
+    build(photos, background='white')
+    notes = photos/'runs'/'data'/'pets'/'left_out.csv'
+    assert notes.exists() == bool(words)
+    assert not words or left_out(photos) == {f'pets/train/cat/odd.{end}': f'changed: {words}'}
+
+def test_a_stated_gamma_is_followed():
+    dark = open_image(with_gamma(as_bytes(Image.new('L', (2, 2), 55)), 1.))
+    assert as_seen(dark).getpixel((0, 0)) == 127 and changes(dark, 2) == 'from another gamma'
+    same = open_image(with_gamma(as_bytes(Image.new('L', (2, 2), 55)), .45455))
+    assert as_seen(same).getpixel((0, 0)) == 55 and not changes(same, 2)
+
+COPIES = {'again as JPEG': lambda im: as_bytes(im, 'JPEG', quality=90),
+          'smaller': lambda im: as_bytes(im.resize((24, 24))),
+          'brighter': lambda im: as_bytes(im.point(lambda v: min(v+3, 255))),
+          'other palette': lambda im: as_bytes(im.quantize(128))}
+
+@pytest.mark.parametrize('kind', COPIES)
+def test_near_copies_across_splits_are_listed_by_file(photos, kind, capsys):
+    put(photos/'data'/'pets'/'test'/'dog'/'copy.png', COPIES[kind](gradient(3)))       # gradient(3) is train/cat/3.png
+    p = smoke_params()
+    dump({'study': dict(name='s', classes=CLASSES), 'recipes': p['recipes'],
+          'data': dict(root='data', image_size=32, channels=3, sets={'pets': dict(type='imagefolder', input='pets')})},
+         photos/'params.yaml')
+    m = build_set(Study(photos), 'pets')
+    near = pd.read_csv(photos/'runs'/'data'/'pets'/'near_copies.csv')
+    assert near[['file', 'near_file']].values.tolist() == [['pets/test/dog/copy.png', 'pets/train/cat/3.png']]
+    assert near[['split', 'near_split', 'class', 'near_class']].values.tolist() == [['test', 'train', 'dog', 'cat']]
+    assert '1 like one of another split (near_copies.csv)' in capsys.readouterr().out
+    assert m.file.tolist() == read_manifest(photos/'sets'/'pets').file.tolist() and m.file.str.startswith('pets/').all()
+
+def test_near_hashes_find_what_a_comparison_with_all_finds():
+    rng = np.random.default_rng(1)
+    for bits in (0, 1, 3, 10):
+        codes = [int(c) for c in rng.integers(0, 2**63, 60)]
+        index = NearHashes(bits)
+        for i, c in enumerate(codes):
+            index.add(c, i)
+        for c in codes[:30]:
+            for flips in range(bits+3):
+                asked = c
+                for b in rng.choice(63, flips, replace=False):
+                    asked ^= 1 << int(b)
+                d = [(asked ^ k).bit_count() for k in codes]
+                want = (int(np.argmin(d)), min(d)) if min(d) <= bits else None
+                assert index.nearest(asked) == want
+
+# ---- archives: limits, links, what is behind the end, one name twice
+
+def test_limits_are_parameters_and_name_their_key(pets):
+    folder = pets/'data'/'pets'
+    with zipfile.ZipFile(pets/'data'/'pets.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+        for f in sorted(folder.rglob('*.png')):
+            z.write(f, f.relative_to(folder))
+        z.writestr('cat/wide.bmp', as_bytes(Image.new('RGB', (6000, 5000)), 'BMP'))
+    p = smoke_params()
+    def built(**limits):
+        sets = {'pets': dict(type='imagefolder', input='pets.zip')}
+        dump({'study': dict(name='s', classes=CLASSES), 'recipes': p['recipes'],
+              'data': dict(root='data', image_size=8, channels=3, sets=sets, limits=limits)}, pets/'params.yaml')
+        return build_set(Study(pets), 'pets')
+    for key, limits in (('ratio', {}), ('members', dict(members=20)), ('total_bytes', dict(total_bytes=1000)),
+                        ('member_bytes', dict(ratio=2000, member_bytes=10**6)),
+                        ('pixels', dict(ratio=2000, pixels=10**6))):
+        with pytest.raises(StudyError, match=f'{key} is|data.limits.{key}|30000000|at most 1000000') as e:
+            built(**limits)
+        assert 'pets.zip' in str(e.value), key
+    assert len(built(ratio=2000)) == 21
+
+def tar_of(path, members):
+    with tarfile.open(path, 'w') as t:
+        for name, data, *kind in members:
+            i = tarfile.TarInfo(name)
+            i.size = len(data)
+            if kind:
+                i.type, i.linkname, i.size = kind[0], 'x.png', 0
+            t.addfile(i, io.BytesIO(data) if not kind else None)
+
+ODD_TARS = {
+    'a hard link': ([('x.png', image(1)), ('x.cls', b'0'), ('y.png', b'', tarfile.LNKTYPE)], 'y.png is a link'),
+    'a symbolic link': ([('x.png', image(1)), ('x.cls', b'0'), ('y.png', b'', tarfile.SYMTYPE)], 'y.png is a link'),
+    'a pipe': ([('x.png', image(1)), ('x.cls', b'0'), ('y.png', b'', tarfile.FIFOTYPE)], 'y.png is a link or a device'),
+    'one name twice': ([('x.png', image(1)), ('x.cls', b'0'), ('x.png', image(2))], 'x.png is there twice'),
+    'two images': ([('x.png', image(1)), ('x.jpg', image(1)), ('x.cls', b'0')],
+                   "expected an image and 'cls', one of each"),
+}
+
+@pytest.mark.parametrize('odd', ODD_TARS)
+def test_an_odd_tar_is_an_error_that_names_it(odd, tmp_path):
+    members, words = ODD_TARS[odd]
+    tar_of(tmp_path/'a.tar', members)
+    with pytest.raises(StudyError, match=words) as e:
+        list(shard_samples(tmp_path, CLASSES, 8, 3))
+    assert 'a.tar' in str(e.value)
+
+def test_a_second_tar_behind_the_first_is_not_lost(tmp_path):
+    tar_of(tmp_path/'a.tar', [('x.png', image(1)), ('x.cls', b'0')])
+    (tmp_path/'a.tar').write_bytes((tmp_path/'a.tar').read_bytes()*2)
+    with pytest.raises(StudyError, match='a.tar: the shard is damaged .it ends after x, and more follows'):
+        list(shard_samples(tmp_path, CLASSES, 8, 3))
+
+def test_shards_below_others_and_other_files_are_listed(tmp_path):
+    for name in ('a.tar', 'old/b.tar'):
+        (tmp_path/'s'/name).parent.mkdir(parents=True, exist_ok=True)
+        tar_of(tmp_path/'s'/name, [('x.png', image(1)), ('x.cls', b'0')])
+    put(tmp_path/'s'/'index.json', b'{}')
+    passed = []
+    assert len(list(shard_samples(tmp_path/'s', CLASSES, 8, 3, passed))) == 1
+    assert {r['file']: r['reason'] for r in passed} == {
+        's/index.json': 'no shard by its ending', 's/old/b.tar': 'a shard in a folder below the other shards'}
+
+def test_of_two_members_of_one_name_the_later_one_is_used_and_the_earlier_listed(tmp_path):
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z, pytest.warns(UserWarning, match='Duplicate name'):
+        for shade in (10, 20):
+            z.writestr('cat/0.png', image(shade))
+        z.writestr('dog/0.png', image(30))
+    passed = []
+    found = folder_entries(tmp_path/'a.zip', set(CLASSES), passed)
+    assert open_image(found[0].read()).getpixel((0, 0)) == (20, 20, 20) and len(found) == 2
+    assert passed == [dict(file='a.zip/cat/0.png', reason='a later file of the same name replaces it')]
+
+def test_names_that_are_not_utf8_are_listed_and_stored(pets):
+    folder = os.fsencode(pets/'data'/'pets'/'cat')
+    for name in (b'k\xe4se.png', b'k\xe4se.txt'):
+        with open(folder+b'/'+name, 'wb') as f:
+            f.write(image(222))
+    build(pets)
+    assert left_out(pets) == {r'pets/cat/k\xe4se.txt': 'no image by its ending'}
+    assert r'pets/cat/k\xe4se.png' in read_manifest(pets/'sets'/'pets').file.tolist()
+
+# ---- paths, splits and sizes that would be found late
+
+@pytest.mark.parametrize('path', ['../pets', 'a/../../pets', '/etc', '~/pets', 'a\\..\\b'])
+@pytest.mark.parametrize('how', [dict(type='imagefolder'), dict(type='webdataset'), dict(type='hub_images', repo='x'),
+                                 dict(type='files', pattern='(?P<class>.)')], ids=lambda h: h['type'])
+def test_no_input_leads_out_of_the_root(path, how):
+    with pytest.raises(ValueError, match='inside data.root'):
+        TypeAdapter(SetSpec).validate_python(dict(how, input=path))
+    if how['type'] == 'hub_images':
+        with pytest.raises(ValueError, match='inside data.root'):
+            TypeAdapter(SetSpec).validate_python(dict(how, input='x', repo=path))
+
+def test_hold_out_leaves_some_of_every_class(pets):
+    words = "hold_out takes all 10 images of class 'cat' from split 'train' .such as pets/cat/"
+    with pytest.raises(StudyError, match=words):
+        build(pets, hold_out=dict(val=20))
+
+def test_a_leak_names_files(photos):
+    put(photos/'data'/'pets'/'test'/'cat'/'same.png', (photos/'data'/'pets'/'train'/'cat'/'3.png').read_bytes())
+    with pytest.raises(StudyError, match='pets/test/cat/same.png and pets/train/cat/3.png'):
+        build(photos)
