@@ -11,7 +11,8 @@ import pandas as pd
 from pydantic import Field
 from tqdm import tqdm
 from .pixels import NearHashes, difference_hash, pixel_hash
-from .shards import by_class, check_set, encode_png, read_manifest, read_shard, replace_folder, sample_grid
+from .shards import (by_class, check_set, encode_png, read_manifest, read_shard, replace_folder, sample_grid,
+                               write_manifest)
 from .study import (Count, Ident, Key, Section, Study, StudyError, atomic_file, file_sha256, link_or_copy,
                               nearest, write_atomic)
 
@@ -104,9 +105,9 @@ def _write_filtered(study: Study,       # the study
     tmp.mkdir(parents=True)
     for shard in kept.shard.unique():
         link_or_copy(origin/shard, tmp/shard)
-    for file, rows in (('manifest', kept.drop(columns='repeats')), ('filtered', left)):
-        with atomic_file(tmp/f'{file}.parquet') as f:
-            rows.to_parquet(f, index=False)
+    write_manifest(tmp, kept.drop(columns='repeats'))
+    with atomic_file(tmp/'filtered.parquet') as f:
+        left.to_parquet(f, index=False)
     recipe = dict(filter=spec.model_dump(), manifest_sha256=file_sha256(origin/'manifest.parquet'),
                   evaluator_sha256=file_sha256(study.path('evaluators', spec.evaluator)/'model.safetensors'))
     write_atomic(tmp/'recipe.json', json.dumps(recipe, indent=1)+'\n')

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 from filelock import FileLock, Timeout
-from .shards import check_set, encode_image, read_manifest, replace_folder, tar_samples, write_shard
+from .shards import (check_set, encode_image, manifest_differs, read_manifest, replace_folder, tar_samples,
+                               write_manifest, write_shard)
 from .pipelines import (Sampler, check_repeats, sampling_settings, fit_images, known_sha256, model_origin,
                                   read_json)
 from .prompts import read_prompts
@@ -475,7 +476,7 @@ def recipe_differs(src: Source    # the source
 def set_is_made(src: Source    # the source
                ) -> bool:
     "Whether another run has generated everything and made the set of it."
-    if src.folder.exists() or recipe_differs(src) != []: return False
+    if src.folder.exists() or recipe_differs(src) != [] or manifest_differs(src.out): return False
     try:
         m = read_manifest(src.out, checked=False)
         rows = ManifestRows(m)
@@ -623,8 +624,7 @@ def assemble(src: Source          # the source, all of its shards whole
             link_or_copy(src.file(s), tmp/src.file(s).name)
         m = pd.concat([pd.read_parquet(src.table(s)) for s in src.shards], ignore_index=True)
         check_set(m, src.name, src.study.study.classes)
-        with atomic_file(tmp/'manifest.parquet') as f:
-            m.to_parquet(f, index=False)
+        write_manifest(tmp, m)
         write_atomic(tmp/'recipe.json', json.dumps(src.recipe, indent=1)+'\n')
         replace_folder(tmp, src.out)
         shutil.rmtree(src.folder)
@@ -678,6 +678,10 @@ def _order(m, files):
     place = {file: i for i, file in enumerate(files)}
     return '' if m.shard.astype(str).map(place).is_monotonic_increasing else 'manifest: rows in another order'
 
+def _hash(src):
+    "What is wrong with the bytes of a manifest: '' for nothing."
+    return 'manifest: another hash than when it was written' if manifest_differs(src.out) else ''
+
 def verify_source(study: Study,   # the study
                   name: str       # under generate.sources
                  ) -> pd.DataFrame:    # shard, images, problem ('' if none), asked: keys in which params.yaml differs
@@ -699,7 +703,8 @@ def verify_source(study: Study,   # the study
         asked = ', '.join(differs[:8])
         if not differs and not problem and (s not in src.shards or n != src.size(s)):
             asked = 'n_images'
-        found.append(dict(shard=file, images=n, problem=problem or (not found and _order(m, files)) or '', asked=asked))
+        problem = problem or (not found and (_order(m, files) or _hash(src))) or ''
+        found.append(dict(shard=file, images=n, problem=problem, asked=asked))
     if not differs:
         found += not_generated([s for s in src.shards if src.file(s).name not in files])
     return pd.DataFrame(found)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/00c_shards.ipynb #30393c1d
 from __future__ import annotations
-import gzip, hashlib, io, itertools, json, os, re, shutil, tarfile
+import gzip, hashlib, io, itertools, json, mmap, os, re, shutil, tarfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,14 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 from .pixels import IMAGE_TYPES, Limits, as_seen, changes, check_archive, open_image
-from .study import StudyError, atomic_file, file_sha256, nearest
+from .study import StudyError, atomic_file, file_sha256, nearest, write_atomic
 
 # %% auto #0
-__all__ = ['COLUMNS', 'encode_image', 'encode_png', 'decode', 'write_shard', 'tar_samples', 'replace_folder', 'write_set',
-           'check_manifest', 'check_folder', 'read_manifest', 'left_out_keys', 'check_keys', 'read_shard',
-           'ShardImages', 'open_images', 'join', 'ImageSet', 'load_set', 'by_class', 'balanced_order', 'own_order',
-           'order_of', 'check_subset', 'subset', 'file_names', 'check_set', 'sample_grid']
+__all__ = ['COLUMNS', 'encode_image', 'encode_png', 'decode', 'write_shard', 'tar_samples', 'replace_folder', 'write_manifest',
+           'manifest_differs', 'write_set', 'check_manifest', 'check_folder', 'read_manifest', 'left_out_keys',
+           'check_keys', 'read_shard', 'ShardImages', 'open_images', 'join', 'ImageSet', 'load_set', 'by_class',
+           'balanced_order', 'own_order', 'order_of', 'check_subset', 'subset', 'file_names', 'check_set',
+           'sample_grid']
 
 # %% ../nbs/00c_shards.ipynb #764070c0
 def _pillow(image):
@@ -164,6 +165,26 @@ def _manifest_rows(samples, classes, path):
                  sha256=hashlib.sha256(s['image']).hexdigest(), shard_sha256=sha)
             | {'class': classes[s['label']]} | s['more'] for s in samples]
 
+# %% ../nbs/00c_shards.ipynb #9b23abfd
+def write_manifest(folder,          # of a set, not yet in its place
+                   m: pd.DataFrame  # one row per image
+                  ):
+    "Write manifest.parquet, and beside it manifest.sha256 with its hash, as `sha256sum -c` reads it."
+    path = Path(folder)/'manifest.parquet'
+    with atomic_file(path) as f:
+        m.to_parquet(f, index=False)
+    write_atomic(path.with_suffix('.sha256'), f'{file_sha256(path)}  {path.name}\n')
+
+def manifest_differs(folder    # sets/NAME
+                    ) -> bool: # False where there is no hash, as in sets that were made before there was one
+    "Whether a manifest has another hash than it had when it was written."
+    path = Path(folder)/'manifest.parquet'
+    try:
+        return path.with_suffix('.sha256').read_text().split()[:1] != [file_sha256(path)]
+    except FileNotFoundError:
+        return False
+
+# %% ../nbs/00c_shards.ipynb #7143416d
 def write_set(folder,                  # sets/NAME; replaced
               samples,                 # iterable of dicts: split, label, image (uint8 array), caption; any other key
                                        # becomes a column of the manifest
@@ -187,7 +208,7 @@ def write_set(folder,                  # sets/NAME; replaced
         rows += _manifest_rows(some, classes, path)
     more = [k for k in (rows[0] if rows else ()) if k not in COLUMNS]
     manifest = pd.DataFrame(rows, columns=[*COLUMNS, *more])
-    manifest.to_parquet(tmp/'manifest.parquet', index=False)
+    write_manifest(tmp, manifest)
     replace_folder(tmp, folder)
     return manifest
 
@@ -282,6 +303,9 @@ def read_manifest(folder,                # sets/NAME
     if not checked: return m
     check_manifest(m, path)
     check_folder(folder, m)
+    if manifest_differs(folder):
+        raise StudyError(f"{path}: its hash is not that of manifest.sha256 beside it: it was changed or is damaged; "
+                         "delete the folder and run dvc repro or dvc pull")
     return m
 
 def _check_shard(path, rows):
@@ -314,9 +338,47 @@ def check_keys(path,       # of a shard
             raise StudyError.at(f"{path}: image {i} of the shard", k, f"{row!r}, as the manifest has it: rows of "
                                 "manifest.parquet were lost, added or moved", "; delete the folder and run dvc repro")
 
+# %% ../nbs/00c_shards.ipynb #1460593a
+def _own_files(path):
+    """(buffer, name -> place and bytes in it) of a shard whose hash is known to be right, by its headers alone; None
+    where these are not as `write_shard` writes them."""
+    with open(path, 'rb') as f:
+        if str(path).endswith('.gz'):
+            buffer = gzip.GzipFile(fileobj=f).read()
+        else:
+            buffer = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    at, out, end = 0, {}, bytes(512)
+    while (head := buffer[at:at+512]) != end:
+        if head[257:263] != b'ustar\0' or head[156:157] != b'0' or head[345] or not head[135:136] == b'\0': return None
+        size, name = int(head[124:135], 8), head[:100].rstrip(b'\0').decode('ascii', 'replace')
+        out[name] = at+512, size
+        at += 512+-(-size//512)*512
+    return buffer, out
+
+def _own_samples(path):
+    "What `tar_samples` gives, of a shard whose hash is known to be right."
+    found = _own_files(path)
+    if found is None:
+        yield from tar_samples(path)
+        return
+    buffer, files = found
+    for key, names in itertools.groupby(files, lambda name: name.partition('.')[0]):
+        yield key, {n.partition('.')[2]: _Bytes(buffer, *files[n]) for n in names}
+
+@dataclass(frozen=True)
+class _Bytes:
+    "Some bytes of a buffer, not yet copied."
+    buffer: object
+    at: int
+    size: int
+
+    def __bytes__(self):
+        return self.buffer[self.at:self.at+self.size]
+
+# %% ../nbs/00c_shards.ipynb #9b0b7c0c
 def _check_row(path, key, sample, label, caption):
     "Whether label and caption of a row are those in the shard."
-    inside = sample.get('cls', b'').decode(errors='replace'), sample.get('txt', b'').decode(errors='replace')
+    inside = tuple(bytes(sample.get(k, b'')).decode(errors='replace') for k in ('cls', 'txt'))
     if inside != (str(label), caption):
         raise StudyError(f"{path}: image {key} has label {inside[0]} and caption {inside[1]!r} in the "
                          f"shard, {label} and {caption!r} in manifest.parquet; "
@@ -333,10 +395,10 @@ def read_shard(path,                  # a shard
     _check_shard(path, rows)
     want = dict(zip(rows.key, zip(rows.sha256, rows.label, rows.caption)))
     out, found = {}, []
-    for key, s in tar_samples(path):
+    for key, s in _own_samples(path):
         found.append(key)
         if key not in want: continue
-        data = next((s[e] for e in IMAGE_TYPES if e in s), b'')
+        data = bytes(next((s[e] for e in IMAGE_TYPES if e in s), b''))
         if hashlib.sha256(data).hexdigest() != want[key][0]:
             raise StudyError(f"{path}: image {key} is not the one in the manifest")
         _check_row(path, key, s, *want[key][1:])
@@ -395,12 +457,14 @@ def _places(path):
     "Where the images of a plain tar are: key -> (file, offset, bytes), and the labels and captions beside them."
     places, texts = {}, {}
     with tarfile.open(path) as tar:
-        for m in tar:
-            key, _, ext = m.name.partition('.')
-            if ext in IMAGE_TYPES:
-                places[key] = (str(path), m.offset_data, m.size)
-            elif ext in ('cls', 'txt'):
-                texts.setdefault(key, {})[ext] = tar.extractfile(m).read()
+        buffer, files = _own_files(path) or (None, {m.name: (m.offset_data, m.size) for m in tar})
+    buffer = Path(path).read_bytes() if buffer is None else buffer
+    for name, (at, size) in files.items():
+        key, _, ext = name.partition('.')
+        if ext in IMAGE_TYPES:
+            places[key] = (str(path), at, size)
+        elif ext in ('cls', 'txt'):
+            texts.setdefault(key, {})[ext] = buffer[at:at+size]
     return places, texts
 
 def open_images(folder,            # sets/NAME

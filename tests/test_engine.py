@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, psutil, pytest, torch
 from conftest import ROOT, WAIT, copy_repo, dump, environment, load, sh
 from hypothesis import given, settings, strategies as st
-from synthscale.shards import check_set, load_set, read_manifest, read_shard, replace_folder
+from synthscale.shards import check_set, load_set, read_manifest, read_shard, replace_folder, write_manifest
 from synthscale.filters import difference_hash, filter_set, pixel_hash, repeats
 from synthscale.generate import (Source, assemble, sample_batch, images_there, recipe_differs, shard_is_whole,
                                  verify_source)
@@ -874,10 +874,10 @@ def test_a_model_that_was_made_is_left_alone(study, monkeypatch):
     manifest = study.path('sets', 'rendered', 'manifest.parquet')
     rows = read_manifest(manifest.parent)
     for column in ('caption', 'sha256'):
-        rows.assign(**{column: 'another'}).to_parquet(manifest, index=False)
+        write_manifest(manifest.parent, rows.assign(**{column: 'another'}))
         with pytest.raises(Made):
             again()
-    rows.to_parquet(manifest, index=False)
+    write_manifest(manifest.parent, rows)
     assert again() == out and folder_sha256(out) == whole
     weights = out/'unet'/'diffusion_pytorch_model.safetensors'
     good = weights.read_bytes()

@@ -1,13 +1,13 @@
 "What a reader of image sets refuses, what it costs, and which images a curve takes."
-import json
+import io, json, subprocess, tarfile
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
 from synthscale.curves import OneSetCurve
 from synthscale.prompts import PromptSet, PromptsSection, check_prompts, prompt_table
-from synthscale.shards import (balanced_order, check_set, check_subset, load_set, own_order, read_manifest,
-                               replace_folder, write_set)
+from synthscale.shards import (_own_files, _own_samples, balanced_order, check_set, check_subset, load_set, own_order,
+                               read_manifest, replace_folder, tar_samples, write_set, write_shard)
 from synthscale.study import StudyError, validated
 
 CLASSES = ['no', 'yes', 'maybe']
@@ -143,3 +143,48 @@ def test_checks_pass_over_a_table_once():
     check_set(m, 'large', classes)
     check_prompts(m.assign(prompt='x'), 'large', classes)
     assert len(balanced_order(m.label, 0)) == 20000
+
+@pytest.mark.parametrize('column', ['extra', 'device', 'seed'])
+def test_a_column_that_nothing_else_knows_is_held_by_the_hash_of_the_file(tmp_path, column):
+    "What neither shards nor recipe have: the manifest has a hash of its own, which `sha256sum -c` reads, too."
+    d = tmp_path/'sets/a'
+    write_set(d, [s | {column: 7} for s in images(9)], CLASSES)
+    assert subprocess.run(['sha256sum', '-c', 'manifest.sha256'], cwd=d, capture_output=True).returncode == 0
+    m = read_manifest(d)
+    m.assign(**{column: [8, *m[column][1:]]}).to_parquet(d/'manifest.parquet', index=False)
+    for read in (read_manifest, load_set):
+        with pytest.raises(StudyError, match='its hash is not that of manifest.sha256'):
+            read(d)
+    (d/'manifest.sha256').unlink()
+    assert len(read_manifest(d)) == 9                    # a set from before there were hashes
+
+FOREIGN = {'a long name': (tarfile.GNU_FORMAT, 'x'*120+'.png', tarfile.REGTYPE),
+           'a name that is not ASCII': (tarfile.PAX_FORMAT, 'é.png', tarfile.REGTYPE),
+           'a folder': (tarfile.USTAR_FORMAT, 'y.png', tarfile.DIRTYPE),
+           'another format': (tarfile.GNU_FORMAT, 'y.png', tarfile.REGTYPE)}
+
+def as_read(samples):
+    return [(k, {e: bytes(v) for e, v in s.items()}) for k, s in samples]
+
+@pytest.mark.parametrize('end', ['.tar', '.tar.gz'])
+@pytest.mark.parametrize('how', ['ours', *FOREIGN])
+def test_the_fast_reader_reads_what_the_other_one_does_or_leaves_it_to_it(tmp_path, how, end):
+    "Shards are read by their headers alone where these are as `write_shard` writes them."
+    path = tmp_path/f'a-000000{end}'
+    write_shard(path, [dict(key=f'train-{i}', image=bytes([i])*(i*300), label=i, caption='c'*i) for i in range(5)])
+    if how != 'ours':
+        format, name, kind = FOREIGN[how]
+        with tarfile.open(path, 'w:gz' if end == '.tar.gz' else 'w', format=format) as t:
+            i = tarfile.TarInfo(name)
+            i.size, i.type = 0 if kind == tarfile.DIRTYPE else 3, kind
+            t.addfile(i, io.BytesIO(b'abc'))
+    assert bool(_own_files(path)) == (how == 'ours')
+    assert as_read(_own_samples(path)) == as_read(tar_samples(path))
+
+def test_a_cut_shard_is_not_read_fast(tmp_path):
+    path = tmp_path/'a-000000.tar'
+    write_shard(path, [dict(key='train-0', image=b'x'*3000, label=0, caption='')])
+    whole = path.read_bytes()
+    for n in (512, 1000, 3584, 4096, 5000):
+        path.write_bytes(whole[:n])
+        assert _own_files(path) is None or n >= 5120, n

@@ -14,7 +14,8 @@ from synthscale.evaluators import build_evaluator
 from synthscale.loop import Loop
 from synthscale.params import check_study
 from synthscale.recipes import METRICS, Recipe
-from synthscale.shards import balanced_order, encode_png, join, load_set, open_images, read_manifest, write_shard
+from synthscale.shards import (balanced_order, encode_png, join, load_set, open_images, read_manifest, write_manifest,
+                               write_shard)
 from synthscale.smoke import run_smoke, smoke_inputs, smoke_params
 from synthscale.study import Study, StudyError, file_sha256
 from synthscale.train import (Mix, NotFinite, StreamDataset, _posterize, create_net, index_stream, logits, measure,
@@ -340,7 +341,7 @@ def test_the_key_of_a_point_is_its_images_labels_recipe_and_engine_and_nothing_e
             m = whole.copy()
             m.loc[row, column] = value
             m['class'] = [study.study.classes[i] for i in m.label]
-            m.to_parquet(d/'manifest.parquet', index=False)
+            write_manifest(d, m)
             return config()
         for split in splits:
             used = whole[whole.split == split]
@@ -352,7 +353,7 @@ def test_the_key_of_a_point_is_its_images_labels_recipe_and_engine_and_nothing_e
             row = used.index[0]
             others.append(edited('sha256', row, 'another image'))
             others.append(edited('label', row, (used.label[row]+1) % 10))
-        whole.to_parquet(d/'manifest.parquet', index=False)
+        write_manifest(d, whole)
     assert config() == first
     monkeypatch.setattr('synthscale.classify.ENGINE', 99)
     every = [first, config(), *others]
@@ -512,7 +513,7 @@ def test_what_the_sets_cannot_give_is_found_before_anything_is_trained(study):
         m = whole.copy()
         m.loc[rows, column] = value
         m['key'] = m.split+'-'+m.key.str.rpartition('-')[2]
-        m.to_parquet(d/'manifest.parquet', index=False)
+        write_manifest(d, m)
         with pytest.raises(StudyError) as e:
             check_curve(study, 'rendered')
         return str(e.value)
