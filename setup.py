@@ -19,6 +19,7 @@ setup(
     url=c['git_url'],
     license='Apache-2.0',
     packages=find_packages(include=['synthscale*']),
+    package_data={'synthscale': ['wordnet/*']},
     include_package_data=True,
     python_requires=f">={c['min_python']}",
     install_requires=c['requirements'].split(),

@@ -200,14 +200,14 @@ class Source(_Layout):
         g = study.generate
         self.study, self.name, self.spec = study, name, source_spec(study, name)
         self.model, prompts = study.path('models', self.spec.model), read_prompts(study, self.spec.prompts)
-        self.by_class = class_texts(study, prompts)
+        self.by_class, asked = class_texts(study, prompts), prompts[['class', 'label', 'prompt']]
         self.texts = distinct_prompts(self.by_class)
         self.how = sampling_settings(self.model, g, self.spec)
         self.n, self.batch_size, self.shard_size = self.spec.n_images, g.batch_size, study.data.shard_size
         self.store = dict(size=study.data.image_size, channels=study.data.channels,
                           format=g.format, quality=g.quality, resize=g.resize)
         self.recipe = dict(source=name, model=self.spec.model, **model_origin(self.model),
-                           prompts=hashlib.sha256(prompts.to_csv(index=False).encode()).hexdigest(),
+                           prompts=hashlib.sha256(asked.to_csv(index=False).encode()).hexdigest(),
                            seed=study.study.seed, classes=study.study.classes,
                            sampling=asdict(self.how), store=self.store, batch_size=self.batch_size,
                            shard_size=self.shard_size, engine=ENGINE)

@@ -181,14 +181,19 @@ def _check_prompts(c):
         _check_class_names(c, f'prompts.words.{w}', table, classes)
     for name, s in p.sets.items():
         key = f'prompts.sets.{name}'
-        if bool(s.templates) == bool(s.by_class):
-            how = 'given twice, by templates and by_class' if s.templates else 'empty'
-            c.say(f"{key} is {how}: expected either templates or by_class")
+        given = [k for k in ('family', 'templates', 'by_class', 'file') if getattr(s, k)]
+        if len(given) != 1:
+            times = 'twice' if len(given) == 2 else f'{len(given)} times'
+            how = f"given {times}, by {' and '.join(given)}" if given else 'empty'
+            c.say(f"{key} is {how}: expected one of family, templates, by_class and file")
+        needs = {'classnames + description': 'description', 'classnames + hypernyms': 'hypernyms'}.get(s.family)
+        if needs and not p.classes and needs not in p.words:
+            c.say(f"{key}: {s.family} needs prompts.classes, a class table, or prompts.words.{needs}")
         if s.by_class:
             _check_by_class(c, key, s, classes)
         _check_fill(c, key, s, p.words)
         for t in s.templates:
-            _check_template(c, key, t, s, p.words, classes)
+            _check_template(c, key, t, s, p, classes)
 
 def _check_class_names(c, key, names, classes):
     "Names are those of classes."
@@ -214,22 +219,23 @@ def _check_fill(c, key, s, words):
             c.say(f"{key}.fill.{f} is empty: no prompt could be made")
 
 # %% ../nbs/10_params.ipynb #e30e21dc
-def _check_template(c, key, t, s, words, classes):
+def _check_template(c, key, t, s, p, classes):
     "A template names the class, and something fills each of its placeholders for every class."
+    words, table = p.words, ['description', 'hypernyms'] if p.classes else []     # of a class table, when it is read
     try:
         parts = [q for q in string.Formatter().parse(t) if q[1] is not None]
     except ValueError as e:
         c.say(f"{key}.templates: {t!r} is not a template: {e}")
         return
-    asked, known = [f for _, f, _, _ in parts], ['name', *words, *s.fill]
+    asked, known = [f for _, f, _, _ in parts], ['name', *table, *words, *s.fill]
     if any(spec or how for _, _, spec, how in parts):
         c.say(f"{key}.templates: {t!r}: expected plain placeholders as {{name}}, without a format")
-    if not {'name', *words} & set(asked):
+    if not {'name', *table, *words} & set(asked):
         c.say(f"{key}.templates: {t!r} does not name the class: expected {{name}} or a key of prompts.words in it")
     for f in asked:
         if f not in known:
             c.say(f"{key}.templates: nothing fills {{{f}}} of {t!r}{nearest(f, known)}")
-        lost = [k for k in classes if k not in words[f]] if f in words and f != 'name' else []
+        lost = [k for k in classes if k not in words[f]] if f in words and f not in ('name', *table) else []
         if lost:
             c.say(f"{key} has no prompt for class {lost[0]!r}: prompts.words.{f} has no words for it")
 

@@ -5,27 +5,39 @@
 # %% ../nbs/03_prompts.ipynb #2bf93a4c
 from __future__ import annotations
 import itertools, string
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 import pandas as pd
 from pydantic import Field
+from .class_tables import class_table, same_names
 from .study import Key, Section, Study, StudyError, nearest, write_csv
 
 # %% auto #0
-__all__ = ['Placeholder', 'PromptSet', 'PromptsSection', 'check_template', 'prompt_table', 'check_prompts', 'shared_prompts',
-           'write_prompts', 'read_prompts']
+__all__ = ['Placeholder', 'FAMILIES', 'PromptSet', 'PromptsSection', 'check_template', 'templates_of', 'prompt_table',
+           'check_prompts', 'prompt_file', 'shared_prompts', 'class_words', 'write_prompts', 'read_prompts']
 
 # %% ../nbs/03_prompts.ipynb #3e39e07b
 # What stands between { and } in a template: no dot, no index and no number, so that a text only takes in texts.
 Placeholder = Annotated[str, Field(pattern=r'^[A-Za-z_][A-Za-z0-9_]*$', max_length=80)]
+# A file of the study's folder prompts/, which the stage depends on.
+_FileName = Annotated[str, Field(pattern=r'^([A-Za-z0-9_][A-Za-z0-9_.+-]*)?$', max_length=120)]
+
+# The families of Fan et al. that need no model, by our construction: templates that are filled for each class.
+FAMILIES = {'classnames': ['{name}'], 'classnames + description': ['{name}, {description}'],
+            'classnames + hypernyms': ['{name}, {hypernyms}'], 'CLIP templates': []}     # these 80 are in open_clip
 
 class PromptSet(Section):
-    "Every template with every filling, for each class; or prompts written out for each class."
-    templates: list[str] = []                  # {name}, any key of prompts.words, any key of fill
+    "Prompts of one kind: a family, templates, prompts written out for each class, or a file of them; one of these."
+    family: Literal[('', *FAMILIES)] = ''      # of the paper's
+    templates: list[str] = []                  # {name}, {description}, {hypernyms}, any key of prompts.words or of fill
     fill: dict[Placeholder, list[str]] = {}          # placeholder -> its fillings; all combinations are made
-    by_class: dict[str, list[str]] = {}        # class -> prompts, instead of templates
+    by_class: dict[str, list[str]] = {}        # class -> prompts
+    file: _FileName = ''                        # in prompts/: a CSV table with the columns class and prompt
 
 class PromptsSection(Section):
     "Prompt sets, and words about the classes that they use."
+    classes: _FileName = ''           # where names, {description} and {hypernyms} are from: imagenet, imagenet_openai
+                                     # (the names edited for CLIP), or a class table in prompts/; empty: names alone
     words: dict[Placeholder, dict[str, str]] = {}    # placeholder -> class -> words; `name` is the class's name, with
                                      # spaces for _, unless it is given here
     sets: dict[Key, PromptSet] = {}
@@ -47,24 +59,43 @@ def check_template(template: str   # with placeholders as {name}
     return [field for _, field, _, _ in parts]
 
 # %% ../nbs/03_prompts.ipynb #e843eecd
+def templates_of(spec: PromptSet   # from params.yaml
+                ) -> list:         # (template, where it is from)
+    "The templates of a prompt set: its own, or those of its family."
+    if not spec.family: return [(t, f'template: {t}') for t in spec.templates]
+    if spec.family != 'CLIP templates': return [(t, f'{spec.family}: {t}') for t in FAMILIES[spec.family]]
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+    return [(t('{name}'), f"CLIP templates: {t('{name}')}") for t in OPENAI_IMAGENET_TEMPLATES]
+
+def _filled(spec, c, about):
+    "(prompt, origin) of every template of a class with every filling."
+    fills = [dict(zip(spec.fill, f)) for f in itertools.product(*spec.fill.values())]
+    for t, origin in templates_of(spec):
+        for f in check_template(t):
+            if f in about or f in spec.fill: continue
+            raise StudyError(f"template {t!r}: nothing fills {{{f}}} for class {c!r}"
+                             f"{nearest(f, [*about, *spec.fill])}: prompts.classes names a class table, prompts.words "
+                             "has words of your own")
+        yield from ((t.format(**about, **f), origin) for f in fills)
+
 def prompt_table(spec: PromptSet,  # from params.yaml
                  classes: list,    # class names, in label order
-                 words: dict       # placeholder -> class -> words
-                ) -> pd.DataFrame: # class, label, prompt: classes in order
-    "Every prompt of a set, each once per class."
-    known = {'name', *words, *spec.fill}
-    for t in spec.templates:
-        for f in check_template(t):
-            if f in known: continue
-            raise StudyError(f"template {t!r}: nothing fills {{{f}}}{nearest(f, known)}")
-    fills = [dict(zip(spec.fill, f)) for f in itertools.product(*spec.fill.values())]
+                 words: dict,      # placeholder -> class -> words
+                 folder=None       # prompts/, where the set is a file
+                ) -> pd.DataFrame: # class, label, prompt, origin: classes in order
+    "Every prompt of a set, each once per class, and what it was made of."
+    if spec.file: return prompt_file(Path(folder)/spec.file, classes)
     rows = []
     for label, c in enumerate(classes):
         about = {'name': c.replace('_', ' '), **{w: t[c] for w, t in words.items() if c in t}}
-        made = [t.format(**about, **f) for t in spec.templates for f in fills]
-        once = dict.fromkeys(' '.join(p.split()) for p in (made if spec.templates else spec.by_class.get(c, [])))
-        rows += [{'class': c, 'label': label, 'prompt': p} for p in once]
-    return pd.DataFrame(rows, columns=['class', 'label', 'prompt'])
+        made = _filled(spec, c, about) if not spec.by_class else ((p, 'by_class') for p in spec.by_class.get(c, []))
+        once = {}
+        for p, origin in made:
+            once.setdefault(' '.join(p.split()), origin)
+        rows += [{'class': c, 'label': label, 'prompt': p, 'origin': o} for p, o in once.items()]
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+_COLUMNS = ['class', 'label', 'prompt', 'origin']
 
 # %% ../nbs/03_prompts.ipynb #6576ca91
 def check_prompts(df: pd.DataFrame,  # class, label, prompt
@@ -91,6 +122,29 @@ def check_prompts(df: pd.DataFrame,  # class, label, prompt
         raise StudyError(f"{name}: row {wrong.index[0]+2}: label {label} is not that of class {c!r}")
     return df
 
+# %% ../nbs/03_prompts.ipynb #4e2b526e
+def prompt_file(path,          # a CSV file with the columns class and prompt
+                classes: list  # class names, in label order
+               ) -> pd.DataFrame:    # class, label, prompt, origin: classes in order, otherwise as in the file
+    "Prompts that somebody wrote down, checked."
+    t = _read_csv(path)
+    for c in ('class', 'prompt'):
+        if c not in t: raise StudyError(f"{path}: column {c!r} is missing{nearest(c, t.columns)}")
+    place = {c: i for i, c in enumerate(classes)}
+    t = t.assign(label=t['class'].map(place).fillna(-1).astype(int), prompt=t.prompt.str.split().str.join(' '),
+                 origin=[f'{Path(path).name}, row {i+2}' for i in t.index])
+    t = check_prompts(t, path, classes)[_COLUMNS].drop_duplicates(['class', 'prompt'])
+    return t.sort_values('label', kind='stable', ignore_index=True)
+
+def _read_csv(path):
+    "A table of prompts: classes and prompts are text, whatever they look like."
+    try:
+        return pd.read_csv(path, dtype={'class': str, 'prompt': str}, keep_default_na=False)
+    except FileNotFoundError:
+        raise StudyError(f"{path}: no such file") from None
+    except (OSError, ValueError) as e:
+        raise StudyError(f"{path}: not readable as CSV: {e}") from None
+
 # %% ../nbs/03_prompts.ipynb #356a03fa
 def shared_prompts(df: pd.DataFrame   # class, label, prompt
                   ) -> int:
@@ -98,16 +152,28 @@ def shared_prompts(df: pd.DataFrame   # class, label, prompt
     return int((df.groupby('prompt')['class'].nunique() > 1).sum())
 
 # %% ../nbs/03_prompts.ipynb #9ab770bb
+def class_words(study: Study    # the study
+               ) -> dict:       # placeholder -> class -> words
+    "What may stand in a template: the words of the class table, and over them those of params.yaml."
+    t = class_table(study.prompts.classes, study.path('prompts'), study.study.classes)
+    for n, two in same_names(t).items():
+        print(f"the name {n!r} stands for {len(two)} classes: {', '.join(two)}")
+    found = {p: {c: w for c, w in zip(t['class'], t[column]) if w}
+             for p, column in (('name', 'name'), ('description', 'gloss'), ('hypernyms', 'hypernyms'))}
+    return {p: w for p, w in found.items() if w} | study.prompts.words
+
 def write_prompts(study: Study   # the study
                  ) -> pd.DataFrame:    # one row per set
     "Write runs/prompts/NAME.csv for every prompt set; returns how many prompts each has."
     folder, classes, rows = study.path('runs', 'prompts'), study.study.classes, []
     folder.mkdir(parents=True, exist_ok=True)
+    words = class_words(study)
     for f in folder.glob('*.csv'):
         if f.stem not in study.prompts.sets:
             f.unlink()
     for name, spec in study.prompts.sets.items():
-        df = check_prompts(prompt_table(spec, classes, study.prompts.words), f'prompts.sets.{name}', classes)
+        made = prompt_table(spec, classes, words, study.path('prompts'))
+        df = check_prompts(made, f'prompts.sets.{name}', classes)
         write_csv(folder/f'{name}.csv', df)
         fewest = int(df.groupby('label').size().min())
         rows.append(dict(prompt_set=name, prompts=len(df), fewest_per_class=fewest, shared=shared_prompts(df),
@@ -121,8 +187,4 @@ def read_prompts(study: Study,  # the study
     "A prompt set as the stage wrote it, checked again: somebody may have edited the file."
     path = study.path('runs', 'prompts', f'{name}.csv')
     if not path.exists(): raise StudyError(f"{path}: no such file; 'dvc repro prompts' makes it")
-    try:
-        df = pd.read_csv(path, dtype={'class': str, 'prompt': str}, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
-        raise StudyError(f"{path}: not readable as CSV: {e}") from None
-    return check_prompts(df, path, study.study.classes)
+    return check_prompts(_read_csv(path), path, study.study.classes)

@@ -12,14 +12,15 @@ from .doctor import check_name, doctor, holder, keep_good, repro
 from .hashing import closure_hashes
 from .stages import (RUN_HEADING, code_only, live_notebook, modules_of, normalise, notebook_bytes,
                                stage_notebooks, stage_of as stage_of, without_directives)
-from .study import Study, StudyError, die_with_parent, file_sha256, nearest, repo_root, write_atomic
+from .study import (Study, StudyError, die_with_parent, file_sha256, nearest, repo_root, write_atomic,
+                              write_csv)
 import nbformat
 
 # %% auto #0
 __all__ = ['TOOLS', 'prepare', 'read_prepared', 'check_code', 'check_prepared', 'declared_parameters', 'typed_value',
            'check_parameters', 'one_writer', 'executed_path', 'execute', 'stage_key', 'cost', 'run_stage',
            'package_root', 'run_alone', 'readme_text', 'refresh', 'readme', 'check_new', 'new_study', 'plan',
-           'generate_shards', 'verify', 'train', 'look', 'check', 'explain', 'main']
+           'generate_shards', 'verify', 'train', 'write_class_table', 'look', 'check', 'explain', 'main']
 
 # %% ../nbs/00a_run.ipynb #939b9f30
 def prepare(study: Study    # its build/nbs and build/params.json are rewritten
@@ -35,7 +36,8 @@ def prepare(study: Study    # its build/nbs and build/params.json are rewritten
     for p in out.glob('*'):
         if p not in keep:
             p.unlink()
-    for folder in ('evaluators', 'runs/quality'):     # stages depend on these as a whole, also where nothing is in them
+    # stages depend on these as a whole, also where nothing is in them
+    for folder in ('evaluators', 'runs/quality', 'prompts'):
         study.path(folder).mkdir(parents=True, exist_ok=True)
     return keep
 
@@ -206,8 +208,8 @@ def cost(before,        # resource usage of children before the run
                 cores=os.cpu_count(), machine=platform.machine(), python=platform.python_version())
 
 # Words of the command line that are no stages; see below.
-TOOLS = ('prepare', 'repro', 'doctor', 'check', 'why', 'plan', 'generate-shards', 'verify', 'train', 'readme',
-         'refresh', 'new-study')
+TOOLS = ('prepare', 'repro', 'doctor', 'check', 'why', 'plan', 'generate-shards', 'verify', 'train', 'class-table',
+         'readme', 'refresh', 'new-study')
 
 def _run_prepared(study, stage, nb, values, out):
     "Execute a prepared notebook; write it and what it cost."
@@ -410,6 +412,22 @@ def train(study: Study,       # the study
     print(f"{curve}: {n} of {of} points are trained; 'dvc repro' makes the curve of them")
     return 0
 
+def write_class_table(study: Study,    # the study
+                      folder,          # with data.noun and index.noun of WordNet 3.0
+                      senses: list     # CLASS=WNID, where another sense than the first is meant
+                     ) -> int:         # exit code
+    "Look the classes of a study up in WordNet; write prompts/classes.csv, to be edited by hand, unless it is there."
+    from synthscale.class_tables import wordnet_table
+    path = study.path('prompts', 'classes.csv')
+    if path.exists(): raise StudyError(f"{path}: it is there already, and may have been edited; remove it first")
+    if bad := [s for s in senses if '=' not in s]: raise StudyError.at('--sense', bad[0], 'CLASS=WNID')
+    t = wordnet_table(study.study.classes, folder, dict(s.split('=', 1) for s in senses))
+    write_csv(path, t)
+    for r in t.itertuples():
+        print(f"{r.name}: {f'sense {r.sense}: {r.gloss}' if r.wnid else 'no noun of WordNet'}")
+    print(f"{path} has the other senses, too; prompts.classes: classes.csv uses it")
+    return 0
+
 def look(study: Study    # the study
         ) -> int:        # exit code
     "Print what a killed DVC had left half-written and is right now, or that nothing is wrong."
@@ -469,6 +487,10 @@ def _tools():
          lambda a: _prepare(Study(a.study)))
     tool('repro', "'dvc repro' (all its options), that a kill at any moment does no harm to", lambda a: None)
     tool('doctor', 'put right what a killed DVC left half-written', lambda a: look(Study(a.study)))
+    one = tool('class-table', 'look the classes up in WordNet',
+               lambda a: write_class_table(Study(a.study), a.wordnet, a.sense))
+    one.add_argument('--wordnet', default='/usr/share/wordnet', help="folder of WordNet 3.0 (default: Debian's)")
+    one.add_argument('--sense', action='append', default=[], help='CLASS=WNID: not the first sense; may be repeated')
     tool('check', 'print everything that is wrong in params.yaml', lambda a: check(Study(a.study)))
     one = tool('why', 'print what makes a stage stale', lambda a: explain(Study(a.study), a.stage, a.rev))
     one.add_argument('stage', help='as DVC calls it, e.g. classify@digits')

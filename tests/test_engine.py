@@ -233,6 +233,17 @@ def test_a_shard_that_does_not_come_out_as_it_was_is_not_put_in_place(study, mon
     generate_source(study, NAME, workers=1)                              # the first machine again
     assert files(study) == study.whole
 
+def test_the_origin_of_a_prompt_is_in_its_row_and_draws_no_image_again(study):
+    "What a prompt was made of is no part of what it asks for."
+    before = Source(study, 'names_g2').recipe['prompts']
+    path = study.path('runs', 'prompts', 'names.csv')
+    t = pd.read_csv(path, keep_default_na=False)
+    assert (t.origin == 'template: {name}').all()
+    t.assign(origin='somewhere else').to_csv(path, index=False)
+    assert Source(study, 'names_g2').recipe['prompts'] == before
+    t.assign(prompt='x '+t.prompt).to_csv(path, index=False)
+    assert Source(study, 'names_g2').recipe['prompts'] != before
+
 def test_a_set_of_another_recipe_is_not_taken_for_damaged(study, capsys):
     generate_source(study, NAME, workers=1)
     other = change(study, guidance_scale=4.)

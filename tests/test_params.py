@@ -97,7 +97,7 @@ CASES = [
     (lambda d: d['classify'].update(recipe='convnext'), "no such recipe under recipes"),
     (lambda d: d['classify'].pop('recipe'), "none: neither here nor under classify.recipe"),
     (lambda d: d['prompts']['sets'].update(names={'templates': []}),
-     'prompts.sets.names is empty: expected either templates or by_class'),
+     'prompts.sets.names is empty: expected one of family, templates, by_class and file'),
     (lambda d: d['prompts']['sets'].update(names={'templates': ['{name}'], 'by_class': {'zero': ['0']}}),
      'given twice, by templates and by_class'),
     (lambda d: d['prompts']['sets'].update(names={'by_class': {'zero': ['0'], 'one': []}}),

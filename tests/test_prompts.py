@@ -1,0 +1,139 @@
+"""Class tables and prompt sets: what WordNet says, what a table or a file of somebody's own may hold, and what is
+refused."""
+import os
+from pathlib import Path
+import pandas as pd, pytest
+from hypothesis import given, settings, strategies as st
+from conftest import ROOT, dump
+from synthscale.class_tables import (class_table, imagenet_table, read_class_table, read_synset, same_names, senses,
+                                     tiny_wordnet, wordnet_table)
+from synthscale.params import check_study
+from synthscale.prompts import FAMILIES, PromptSet, class_words, prompt_table, read_prompts, write_prompts
+from synthscale.run import main
+from synthscale.smoke import smoke_params
+from synthscale.study import Study, StudyError
+
+WORDNET = Path(os.environ.get('WORDNET', '/usr/share/wordnet'))
+SHARED = ROOT.parent/'shared'/'data'/'imagenet_hypernyms.csv'
+CRANES = [(['crane'], 'lifts heavy objects', [2]), (['crane', 'grus'], 'wading bird', [3]),
+          (['lifting device'], 'a device for lifting', []), (['wader'], 'long-legged bird', [])]
+
+@pytest.mark.skipif(not (WORDNET/'data.noun').exists(), reason=f'no WordNet in {WORDNET} (Debian: wordnet-base)')
+def test_the_table_of_imagenet_is_what_wordnet_says():
+    t = imagenet_table()
+    for r in t.itertuples():
+        s = read_synset(WORDNET, r.wnid)
+        assert (s.lemmas[0], s.gloss) == (r.name, r.gloss) and r.wnid in senses(WORDNET, r.name)
+        assert ', '.join(read_synset(WORDNET, h).lemmas[0] for h in s.hypernyms) == r.hypernyms
+
+@pytest.mark.skipif(not SHARED.exists(), reason=f'no {SHARED.name} beside the checkout')
+def test_the_table_of_imagenet_is_that_of_others():
+    theirs, t = pd.read_csv(SHARED), imagenet_table()
+    assert (theirs.wnid == t.wnid).all() and (theirs.definition == t.gloss).all()
+    first = theirs.hypernym_lemmas.str.partition(',')[0]
+    assert all(a in b.split(', ') for a, b in zip(first, t.hypernyms))
+
+def test_imagenet_has_words_for_every_class_and_says_which_names_are_twice():
+    for names, twice in (('wordnet', {'crane', 'maillot'}), ('openai', {'missile', 'sunglasses'})):
+        t = imagenet_table(names)
+        assert len(t) == t.wnid.nunique() == 1000 and (t != '').all().all() and set(same_names(t)) == twice
+    with pytest.raises(StudyError, match='one of wordnet, openai'):
+        imagenet_table('mine')
+
+@given(st.lists(st.sampled_from('abcdefg'), min_size=1, max_size=6), st.data())
+@settings(max_examples=30, deadline=None)
+def test_any_wordnet_comes_back(tmp_path_factory, words, data):
+    d = tmp_path_factory.mktemp('w')
+    nouns = [([w], f'the letter {w}', data.draw(st.lists(st.integers(0, len(words)-1), max_size=2))) for w in words]
+    ids = tiny_wordnet(d, nouns)
+    for wnid, (lemmas, gloss, above) in zip(ids, nouns):
+        s = read_synset(d, wnid)
+        assert (list(s.lemmas), s.gloss, s.hypernyms) == (lemmas, gloss, tuple(ids[i] for i in above))
+        assert list(senses(d, lemmas[0])) == [i for i, (l, _, _) in zip(ids, nouns) if l == lemmas]
+
+ODD = {'no class column': (dict(name=['a']), "column 'class' is missing"),
+       'a class of nobody': ({'class': ['a', 'c']}, "row 3: class 'c' is none of the study's"),
+       'a class twice': ({'class': ['a', 'b', 'a']}, "row 4: class 'a' for the second time"),
+       'a class that is lost': ({'class': ['b']}, "no row for class 'a'"),
+       'an unknown id': ({'class': ['a', 'b'], 'wnid': ['n02012849', '2012849']}, "row 3: wnid '2012849'"),
+       'one id for two': ({'class': ['a', 'b'], 'wnid': ['n02012849']*2}, 'also that of another class'),
+       'a long gloss': ({'class': ['a', 'b'], 'gloss': ['x', 'y'*10000]}, 'row 3: gloss has 10000 characters')}
+
+@pytest.mark.parametrize('odd', ODD)
+def test_an_odd_class_table_is_refused(odd, tmp_path):
+    columns, words = ODD[odd]
+    pd.DataFrame(columns).to_csv(tmp_path/'t.csv', index=False)
+    with pytest.raises(StudyError, match=words) as e:
+        read_class_table(tmp_path/'t.csv', ['a', 'b'])
+    assert 't.csv' in str(e.value)
+    for name, data in (('none.csv', None), ('latin.csv', 'class,gloss\na,é\nb,x\n'.encode('latin-1'))):
+        if data:
+            (tmp_path/name).write_bytes(data)
+        with pytest.raises(StudyError, match=name):
+            read_class_table(tmp_path/name, ['a', 'b'])
+
+def test_names_of_other_alphabets_are_names(tmp_path):
+    pd.DataFrame({'class': ['a'], 'name': ['Käse ☃'], 'gloss': ['Ünïcode']}).to_csv(tmp_path/'t.csv', index=False)
+    t = class_table('t.csv', tmp_path, ['a'])
+    words = {'name': dict(a=t.name[0]), 'description': dict(a=t.gloss[0])}
+    made = prompt_table(PromptSet(family='classnames + description'), ['a'], words)
+    assert made.prompt.tolist() == ['Käse ☃, Ünïcode']
+
+@pytest.fixture
+def cranes(tmp_path):
+    "A study of two classes with a WordNet that knows one of them in two senses."
+    p = smoke_params()
+    p['study']['classes'] = ['crane', 'zebra']
+    keep = dict(study=p['study'], data=p['data'], classify=p['classify'], recipes=p['recipes'])
+    dump(keep | {'prompts': {'classes': 'classes.csv', 'sets': {'d': {'family': 'classnames + description'}}}},
+         tmp_path/'params.yaml')
+    return tmp_path, tiny_wordnet(tmp_path/'wordnet', CRANES)
+
+def test_the_tool_writes_a_table_to_edit_and_never_over_one(cranes, capsys):
+    d, ids = cranes
+    given = ['class-table', '--study', str(d), '--wordnet', str(d/'wordnet')]
+    assert main([*given, '--sense', f'crane={ids[1]}']) == 0
+    said, path = capsys.readouterr().out, d/'prompts'/'classes.csv'
+    assert 'crane: sense 2 of 2: wading bird' in said and 'zebra: no noun of WordNet' in said
+    t = pd.read_csv(path, keep_default_na=False)
+    assert t.other_senses[0] == f'{ids[0]}: lifts heavy objects' and t.hypernyms[0] == 'wader'
+    assert main(given) == 1 and 'may have been edited' in capsys.readouterr().err
+    with pytest.raises(StudyError, match="nothing fills {description} for class 'zebra'"):
+        write_prompts(Study(d))
+    t.loc[1, 'gloss'] = 'a horse with stripes'
+    t.to_csv(path, index=False)
+    write_prompts(Study(d))
+    assert read_prompts(Study(d), 'd').prompt.tolist() == ['crane, wading bird', 'zebra, a horse with stripes']
+    path.unlink()
+    for wrong, words in (('crane', 'CLASS=WNID'), ('cran=n1', "did you mean 'crane'"), ('crane=n1', 'eight digits')):
+        assert main([*given, '--sense', wrong]) == 1 and words in capsys.readouterr().err
+
+def test_no_wordnet_says_where_it_comes_from(tmp_path):
+    with pytest.raises(StudyError, match='Debian: wordnet-base'):
+        wordnet_table(['crane'], tmp_path)
+
+KINDS = [(dict(family='CLIP templates', templates=['a {name}']), 'given twice, by family and templates'),
+         (dict(), 'is empty: expected one of'), (dict(family='classnames + hypernyms'), 'needs prompts.classes'),
+         (dict(family='class names'), "'classnames'"), (dict(file='../x.csv'), 'file'),
+         (dict(templates=['a {hypernyms} thing']), 'nothing fills {hypernyms}')]
+
+@pytest.mark.parametrize('spec, words', KINDS)
+def test_a_prompt_set_is_of_one_kind(spec, words):
+    p = smoke_params()
+    p['prompts']['sets']['odd'] = spec
+    with pytest.raises(StudyError) as e:
+        check_study(Study('.', p))
+    assert words in str(e.value)
+
+def test_families_are_the_same_every_time():
+    words = {'description': {'dog': 'a pet'}, 'hypernyms': {'dog': 'canine'}}
+    for f in FAMILIES:
+        a, b = (prompt_table(PromptSet(family=f), ['dog'], words) for _ in range(2))
+        assert a.equals(b) and len(a) == (80 if f == 'CLIP templates' else 1) and a.prompt.str.contains('dog').all()
+
+def test_words_of_ones_own_stand_over_those_of_the_table(tmp_path):
+    p = smoke_params()
+    p['study']['classes'] = ['goldfish', 'n02012849']
+    p['prompts'] = dict(classes='imagenet', words=dict(name=dict(goldfish='gold fish')), sets={})
+    words = class_words(Study(tmp_path, p))
+    assert words['name'] == dict(goldfish='gold fish') and words['hypernyms']['n02012849'] == 'wading bird'
