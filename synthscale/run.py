@@ -20,7 +20,7 @@ import nbformat
 __all__ = ['TOOLS', 'prepare', 'read_prepared', 'check_code', 'check_prepared', 'declared_parameters', 'typed_value',
            'check_parameters', 'one_writer', 'executed_path', 'execute', 'stage_key', 'cost', 'run_stage',
            'package_root', 'run_alone', 'readme_text', 'refresh', 'readme', 'check_new', 'new_study', 'plan',
-           'generate_shards', 'verify', 'train', 'write_class_table', 'look', 'check', 'explain', 'main']
+           'generate_shards', 'verify', 'train', 'write_class_table', 'look', 'check', 'explain', 'agree', 'main']
 
 # %% ../nbs/00a_run.ipynb #939b9f30
 def prepare(study: Study    # its build/nbs and build/params.json are rewritten
@@ -209,7 +209,7 @@ def cost(before,        # resource usage of children before the run
 
 # Words of the command line that are no stages; see below.
 TOOLS = ('prepare', 'repro', 'doctor', 'check', 'why', 'plan', 'generate-shards', 'verify', 'train', 'class-table',
-         'readme', 'refresh', 'new-study')
+         'compare', 'readme', 'refresh', 'new-study')
 
 def _run_prepared(study, stage, nb, values, out):
     "Execute a prepared notebook; write it and what it cost."
@@ -456,6 +456,19 @@ def explain(study: Study,     # the study
     print(found.to_string(index=False) if len(found) else f"{stage}: nothing has changed")
     return 0
 
+# %% ../nbs/00a_run.ipynb #2225ac17
+def agree(a: str,            # results/, the folder of a study, or a commit
+          b: str,            # another one
+          study='.'          # the folder of the study, for commits
+         ) -> int:           # exit code: 1 where they differ
+    "Print whether two results agree within the tolerances of `compare`."
+    from synthscale.compare import compare
+    t = compare(a, b, study)
+    print(t.to_string(index=False, na_rep='', float_format='%.2g'))
+    bad = ~t.verdict.isin(['equal', 'agree'])
+    print(f"{len(t)} tables, {int(bad.sum())} of them differ" if bad.any() else f"{len(t)} tables, all agree")
+    return int(bad.any())
+
 # %% ../nbs/00a_run.ipynb #c0000010
 def _prepare(study):
     "The stage `prepare`, one at a time."
@@ -511,6 +524,9 @@ def _tools():
     one.add_argument('curve')
     one.add_argument('--points', default='',
                      help="a:b, places in the list of the curve's points, for a job array (default: all)")
+    one = tool('compare', 'whether two results agree', lambda a: agree(a.a, a.b, a.study))
+    for name in 'ab':
+        one.add_argument(name, help='results/, the folder of a study, or a commit')
     tool('readme', 'README.md from nbs/index.ipynb', lambda a: readme(a.study))
     tool('refresh', 'execute a notebook and keep its outputs', lambda a: refresh(a.notebook)).add_argument('notebook')
     tool('new-study', 'lay out a study folder', lambda a: new_study(a.folder)).add_argument('folder')
