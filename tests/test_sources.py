@@ -468,7 +468,7 @@ def test_names_that_are_not_utf8_are_listed_and_stored(pets):
 
 # ---- paths, splits and sizes that would be found late
 
-@pytest.mark.parametrize('path', ['../pets', 'a/../../pets', '/etc', '~/pets', 'a\\..\\b'])
+@pytest.mark.parametrize('path', ['../pets', 'a/../../pets', '..', '/data/../etc', 'a\\..\\b'])
 @pytest.mark.parametrize('how', [dict(type='imagefolder'), dict(type='webdataset'), dict(type='hub_images', repo='x'),
                                  dict(type='files', pattern='(?P<class>.)')], ids=lambda h: h['type'])
 def test_no_input_leads_out_of_the_root(path, how):
