@@ -23,6 +23,9 @@ __all__ = ['TOOLS', 'prepare', 'read_prepared', 'check_code', 'check_prepared', 
            'generate_shards', 'verify', 'train', 'write_class_table', 'look', 'check', 'explain', 'agree', 'main']
 
 # %% ../nbs/00a_run.ipynb #939b9f30
+_PROMPTS = ('Class tables and files of prompts that params.yaml names (`prompts.classes`, `prompts.sets.NAME.file`). '
+            'Commit this folder: the stage `prompts` depends on it.\n')
+
 def prepare(study: Study    # its build/nbs and build/params.json are rewritten
            ) -> list:       # the code-only copies
     "Check params.yaml; write it with its defaults to build/params.json, and the stages' code-only copies to build/nbs."
@@ -37,8 +40,10 @@ def prepare(study: Study    # its build/nbs and build/params.json are rewritten
         if p not in keep:
             p.unlink()
     # stages depend on these as a whole, also where nothing is in them
-    for folder in ('evaluators', 'runs/quality', 'prompts'):
+    for folder in ('evaluators', 'runs/quality'):
         study.path(folder).mkdir(parents=True, exist_ok=True)
+    if not study.path('prompts').exists():            # git keeps no empty folder, and a clone needs it
+        write_atomic(study.path('prompts', 'README.md'), _PROMPTS)
     return keep
 
 # %% ../nbs/00a_run.ipynb #c0000003
