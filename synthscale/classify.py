@@ -371,7 +371,8 @@ def point_rows(study: Study,  # the study
             for t in study.classify.eval.every for m in [_with_recall(record['tests'][t])] for k in METRICS]
 
 def _with_recall(m):
-    "The measurements of a split, of a record from before mean per-class recall was one of them, too."
+    "The measurements of a split; in a record from before it was one of them, mean per-class recall is worked out."
+    if 'mean_per_class_recall' in m: return m
     mean, error = mean_recall(m['class_recall'], m['class_n'])
     return m | dict(mean_per_class_recall=mean, stderr=m['stderr'] | dict(mean_per_class_recall=error))
 

@@ -62,7 +62,7 @@ class RenderedDigitsSpec(Section):
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 def _inside(path: str) -> str:
-    "A path inside data.root, which itself may be anywhere, or an absolute one; none that leads out by the back door."
+    "A path inside data.root, which itself may be anywhere, or an absolute one; not one with .. in it."
     if '..' in path.replace('\\', '/').split('/'):
         raise ValueError('expected a path inside data.root, without ..; data.root itself may be anywhere')
     return path

@@ -56,7 +56,8 @@ def open_image(data: bytes,                  # an encoded image
     try:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, pixels)      # where more than Pillow's own is allowed
         im = Image.open(io.BytesIO(data))
-        if im.width*im.height > pixels: raise ValueError(f'{im.width} x {im.height} pixels, expected at most {pixels}')
+        if im.width*im.height > pixels:
+            raise ValueError(f'{im.width} x {im.height} pixels, expected at most {pixels} in all, data.limits.pixels')
         im.load()
     except Exception as e:           # of the decoders: there are dozens of kinds
         what = re.sub(r' ?<_io\.BytesIO[^>]*>', '', str(e)) or type(e).__name__

@@ -32,11 +32,11 @@ class PromptSet(Section):
     templates: list[str] = []                  # {name}, {description}, {hypernyms}, any key of prompts.words or of fill
     fill: dict[Placeholder, list[str]] = {}          # placeholder -> its fillings; all combinations are made
     by_class: dict[str, list[str]] = {}        # class -> prompts
-    file: _FileName = ''                        # in prompts/: a CSV table with the columns class and prompt
+    file: _FileName = ''                       # in prompts/: a CSV table with the columns class and prompt
 
 class PromptsSection(Section):
     "Prompt sets, and words about the classes that they use."
-    classes: _FileName = ''           # where names, {description} and {hypernyms} are from: imagenet, imagenet_openai
+    classes: _FileName = ''          # where names, {description} and {hypernyms} are from: imagenet, imagenet_openai
                                      # (the names edited for CLIP), or a class table in prompts/; empty: names alone
     words: dict[Placeholder, dict[str, str]] = {}    # placeholder -> class -> words; `name` is the class's name, with
                                      # spaces for _, unless it is given here

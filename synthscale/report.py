@@ -675,6 +675,6 @@ def report_table(curves,                # path of a curves.csv with curve, n_ima
     t = Tables(given=dict(summary=summary(df), laws=laws, comparisons=comparisons, exchange=equivalents))
     for test in df.test_set.unique():
         _figure(out/f'scaling_{test}.png', plot_scaling, [(t.means, laws, test, style(names))])
-    h = headline(t)
+    h = headline(t) | {'metric': own.metric}         # as a loss, or turned into error rates
     write_atomic(out/'headline.json', json.dumps(h, indent=1)+'\n')
     return h

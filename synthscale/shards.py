@@ -456,9 +456,11 @@ class ShardImages:
 def _places(path):
     "Where the images of a plain tar are: key -> (file, offset, bytes), and the labels and captions beside them."
     places, texts = {}, {}
-    with tarfile.open(path) as tar:
-        buffer, files = _own_files(path) or (None, {m.name: (m.offset_data, m.size) for m in tar})
-    buffer = Path(path).read_bytes() if buffer is None else buffer
+    found = _own_files(path)
+    if found is None:
+        with tarfile.open(path) as tar:
+            found = Path(path).read_bytes(), {m.name: (m.offset_data, m.size) for m in tar}
+    buffer, files = found
     for name, (at, size) in files.items():
         key, _, ext = name.partition('.')
         if ext in IMAGE_TYPES:

@@ -400,7 +400,7 @@ def test_limits_are_parameters_and_name_their_key(pets):
     for key, limits in (('ratio', {}), ('members', dict(members=20)), ('total_bytes', dict(total_bytes=1000)),
                         ('member_bytes', dict(ratio=2000, member_bytes=10**6)),
                         ('pixels', dict(ratio=2000, pixels=10**6))):
-        with pytest.raises(StudyError, match=f'{key} is|data.limits.{key}|30000000|at most 1000000') as e:
+        with pytest.raises(StudyError, match=f'{key} is|data.limits.{key}') as e:
             built(**limits)
         assert 'pets.zip' in str(e.value), key
     assert len(built(ratio=2000)) == 21
