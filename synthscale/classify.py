@@ -4,7 +4,7 @@
 
 # %% ../nbs/06_classify.ipynb #11e03a90
 from __future__ import annotations
-import functools, hashlib, json, os, shutil, sys, time
+import functools, hashlib, json, os, platform, shutil, sys, time
 from dataclasses import astuple, replace
 from pathlib import Path
 import numpy as np
@@ -12,16 +12,16 @@ import pandas as pd
 from joblib import Parallel, cpu_count, delayed
 from tqdm import tqdm
 from .gpus import take_gpu
-from .curves import Point, curve_of, curve_points
+from .curves import Point, curve_of, curve_points, samples_of
 from .recipes import ENGINE, METRICS, mean_recall
 from .shards import check_subset, file_names, join, load_set, order_of, read_manifest
 from .study import Study, StudyError, die_with_parent, nearest, write_atomic, write_csv
 
 # %% auto #0
 __all__ = ['KEYS', 'split_of', 'split_rows', 'order_seeds', 'training_rows', 'training_images', 'point_config', 'versions',
-           'sealed', 'read_record', 'bring_points', 'find_point', 'run_point', 'check_curve', 'usable_processes',
-           'run_points', 'point_range', 'some_points', 'point_rows', 'class_rows', 'compute_check', 'version_note',
-           'write_points', 'run_curve']
+           'processor', 'environment_of', 'sealed', 'read_record', 'bring_points', 'find_point', 'run_point',
+           'check_curve', 'usable_processes', 'run_points', 'point_range', 'some_points', 'point_rows', 'class_rows',
+           'compute_check', 'version_note', 'write_points', 'run_curve']
 
 # %% ../nbs/06_classify.ipynb #d4953f60
 # Share of the free memory that the decoded images of one split may take, divided by the workers; more stays in shards.
@@ -122,13 +122,27 @@ def point_config(study: Study,  # the study
     images = _images_and_labels(pd.concat([rows for _, _, rows in training_rows(study, point)]))
     return dict(engine=ENGINE, images=images, n_images=point.n_images, tests=tests, within=list(e.within),
                 classes=study.study.classes, recipe=recipe.model_dump(exclude={'reference'}), mix=_mix(point),
-                samples_seen=recipe.samples_seen(point.n_images)*point.train_multiplier,
+                samples_seen=samples_of(recipe, point),
                 seed=study.seed('point', point.seed), checkpoints=c.checkpoints)
 
 def versions() -> dict:
     "Versions of the libraries that train, recorded with every point."
     from importlib.metadata import version
     return {p: version(p) for p in ('torch', 'timm', 'numpy')}
+
+def processor() -> str:
+    "The model of this machine's processor, as its operating system calls it; sums differ between some."
+    cpus = Path('/proc/cpuinfo')
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine()
+
+def environment_of(record: dict    # of a point
+                  ) -> str:        # 8 hexadecimal digits
+    "A hash of what a point was trained with: versions, processor, device. Points of one hash agree to the bit."
+    made = record['made']
+    about = {k: made[k] for k in ('versions', 'python', 'processor', 'device') if k in made}
+    return _digest(about)[:8]
 
 # %% ../nbs/06_classify.ipynb #aaef88b0
 def sealed(record: dict    # of a point: key, config, tests, made
@@ -220,8 +234,8 @@ def run_point(study_dir: str,  # the study's folder
     cpu, wall = time.process_time(), time.time()
     weights.mkdir(parents=True, exist_ok=True)
     result = _measured(study, point, config, inputs, weights, acc)
-    made = dict(versions=versions(), device=acc.device.type, cpu_s=round(time.process_time()-cpu, 2),
-                wall_s=round(time.time()-wall, 2))
+    made = dict(versions=versions(), python=platform.python_version(), processor=processor(), device=acc.device.type,
+                cpu_s=round(time.process_time()-cpu, 2), wall_s=round(time.time()-wall, 2))
     record = sealed(dict(key=key, config=config, tests=result, made=made))
     if acc.is_main_process:
         write_atomic(_point_file(study, key), json.dumps(record, sort_keys=True))
@@ -298,7 +312,7 @@ def _jobs(study, todo, workers):
 
 def _longest_first(study, point):
     "What points are sorted by, so that no worker waits for a long one at the end."
-    return -study.recipes[point.recipe].samples_seen(point.n_images)*point.train_multiplier, astuple(point)[:7]
+    return -samples_of(study.recipes[point.recipe], point), astuple(point)[:7]
 
 # %% ../nbs/06_classify.ipynb #555b7dfe
 def run_points(study: Study,      # the study
@@ -350,7 +364,7 @@ def some_points(study: Study,      # the study
 # %% ../nbs/06_classify.ipynb #5335b3f0
 KEYS = ['study', 'task', 'curve', 'recipe', 'arch', 'train_sets', 'n_images', 'n_real', 'n_synthetic', 'seed',
         'test_set']
-_VALUES = ['metric', 'value', 'stderr', 'n_test', 'samples_seen', 'point']
+_VALUES = ['metric', 'value', 'stderr', 'n_test', 'samples_seen', 'point', 'environment']
 _CLASS_COLUMNS = ['curve', 'train_sets', 'n_images', 'n_real', 'n_synthetic', 'seed', 'test_set', 'metric', 'value',
                   'n_test', 'class']
 
@@ -366,7 +380,8 @@ def point_rows(study: Study,  # the study
     "The rows of one point: every metric on every test set, with the standard error from the number of test images."
     arch = study.recipes[p.recipe].arch.name
     base = dict(study=study.study.name, task='classify', curve=curve, recipe=p.recipe, arch=arch) | _point_keys(p)
-    tail = dict(samples_seen=record['config']['samples_seen'], point=record['key'][:12])
+    tail = dict(samples_seen=record['config']['samples_seen'], point=record['key'][:12],
+                environment=environment_of(record))
     return [dict(base, test_set=t, metric=k, value=m[k], stderr=m['stderr'].get(k), n_test=m['n_test'], **tail)
             for t in study.classify.eval.every for m in [_with_recall(record['tests'][t])] for k in METRICS]
 
@@ -398,20 +413,15 @@ _CHECK_KEYS = ['curve', 'n_images', 'n_real', 'n_synthetic', 'test_set']
 def compute_check(study: Study,  # the study
                   curve: str,    # name of the curve
                   done: dict     # Point -> record
-                 ) -> pd.DataFrame:
-    "How far doubling the steps moves the loss at the ends of a curve, mean over seeds, and whether that is too far."
-    rows = []
-    for p in [p for p in done if p.train_multiplier == 2]:
-        once = done[replace(p, train_multiplier=1)]
-        for t, m in done[p]['tests'].items():
-            rows.append(dict(curve=curve, n_images=p.n_images, n_real=p.n_real, n_synthetic=p.n_synthetic, test_set=t,
-                             seed=p.seed, loss=once['tests'][t]['loss'], loss_doubled=m['loss']))
-    df = pd.DataFrame(rows, columns=[*_CHECK_KEYS, 'seed', 'loss', 'loss_doubled'])
-    df = df.sort_values(['n_images', 'test_set', 'seed'])
-    g = df.groupby(_CHECK_KEYS)[['loss', 'loss_doubled']].mean().reset_index()
-    g['move'] = g.loss_doubled/g.loss-1
-    g['compute_limited'] = g.move.abs() > study.classify.compute_tolerance
-    return g
+                 ) -> pd.DataFrame:     # one row per point, test set, seed and loss
+    "The losses of the points that are checked, as trained and trained twice as long."
+    rows, times = [], curve_of(study, curve).train_multiplier
+    for p in [p for p in done if p.train_multiplier == 2*times]:
+        once, base = done[replace(p, train_multiplier=times)], dict(curve=curve) | _point_keys(p)
+        rows += [dict(base, test_set=t, metric=k, once=once['tests'][t][k], doubled=m[k])
+                 for t, m in done[p]['tests'].items() for k in ('loss', 'loss_calibrated')]
+    df = pd.DataFrame(rows, columns=[*_CHECK_KEYS, 'metric', 'seed', 'once', 'doubled'])
+    return df.sort_values(['n_images', 'test_set', 'metric', 'seed'], ignore_index=True)
 
 def version_note(name: str,   # of a curve
                  done: dict   # Point -> record
@@ -442,7 +452,8 @@ def run_curve(study: Study,      # the study
     points = curve_points(check_curve(study, name), study.classify.compute_seeds) if has_curve else []
     bring_points(study, name)
     done = run_points(study, points, workers)
-    once = [p for p in points if p.train_multiplier == 1]
+    times = curve_of(study, name).train_multiplier if has_curve else 1
+    once = [p for p in points if p.train_multiplier == times]
     df = pd.DataFrame([r for p in once for r in point_rows(study, name, p, done[p])], columns=[*KEYS, *_VALUES])
     per_class = pd.DataFrame([r for p in once for r in class_rows(study, name, p, done[p])], columns=_CLASS_COLUMNS)
     out = study.path('runs', 'classify', name)

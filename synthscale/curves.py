@@ -11,7 +11,7 @@ from .study import Count, Ident, Key, Positive, Rate, Section, Study, StudyError
 
 # %% auto #0
 __all__ = ['EvalSpec', 'OneSetCurve', 'MixtureCurve', 'ClassifySection', 'CurveSpec', 'is_synthetic', 'curves_of', 'curve_of',
-           'Point', 'curve_points', 'ScoredSet', 'QualitySection', 'scored_sets']
+           'Point', 'curve_points', 'checked_sizes', 'samples_of', 'ScoredSet', 'QualitySection', 'scored_sets']
 
 # %% ../nbs/00g_curves.ipynb #a3000007
 _Sizes = Annotated[list[Count], Field(min_length=1)]
@@ -26,22 +26,26 @@ class EvalSpec(Section):
     ood_set: Ident                   # another set with test images, out of distribution; `set` again where there is
                                      # none
     ood_splits: list[Ident] = []     # its splits
+    in_domain_set: Ident             # another set with test images, from where the generators learned (rendered digits
+                                     # that no generator saw); `set` again where there is none
+    in_domain_splits: list[Ident] = []     # its splits
     within: list[Ident] = []         # splits on which only the classes that occur in them compete (200 of 1,000 in
                                      # ImageNet-R)
 
     @property
     def every(self) -> list[str]:
         "The names of all splits, the validation split first."
-        return [self.validation, *self.test_splits, *self.ood_splits]
+        return [self.validation, *self.tested]
 
     @property
     def tested(self) -> list[str]:
         "The names of the test splits."
-        return [*self.test_splits, *self.ood_splits]
+        return [*self.test_splits, *self.ood_splits, *self.in_domain_splits]
 
     def set_of(self, split: str) -> str:
         "The set that a split belongs to."
-        return self.ood_set if split in self.ood_splits else self.set
+        if split in self.ood_splits: return self.ood_set
+        return self.in_domain_set if split in self.in_domain_splits else self.set
 
 # %% ../nbs/00g_curves.ipynb #76abc54a
 class OneSetCurve(Section):
@@ -52,6 +56,10 @@ class OneSetCurve(Section):
     recipe: Union[Ident, None] = None          # under recipes; null: classify.recipe
     one_seed_above: Union[Positive, None] = None   # points of more images have the first seed alone; null:
                                      # classify.one_seed_above
+    train_multiplier: Annotated[float, Field(gt=0)] = 1       # of the recipe's samples: real images alone that are
+                                     # trained as long as a mixture with a share of .5 are trained 2 times as long
+    compute_sizes: Union[list[Positive], None] = None      # images of the points whose training is doubled; null: both
+                                     # ends of the curve
     balance: Union[_Balance, None] = None      # null: classify.balance
 
 class MixtureCurve(Section):
@@ -63,6 +71,10 @@ class MixtureCurve(Section):
     real_share: Union[_OpenShare, None] = None # of every batch, in points that have both; null: every image equally
                                      # often
     synthetic_weight: Annotated[float, Field(gt=0)] = 1.0     # of a synthetic image's loss, where a real one's is 1
+    exposures: Literal['rule', 'real'] = 'rule'    # samples shown: as the recipe has it for all images of a point, or
+                                     # so many that each real image is shown as often as alone (with a real_share)
+    as_long: Ident = ''              # the curve of the real images alone, trained as long: the second control
+    compute_sizes: Union[list[Positive], None] = None      # as for a curve of one set
     seeds: Union[Positive, None] = None
     recipe: Union[Ident, None] = None
     one_seed_above: Union[Positive, None] = None
@@ -98,6 +110,10 @@ class CurveSpec:
     real_share: float = None
     synthetic_weight: float = 1.0
     balance: str = 'equal'           # or own: the class shares of the sets
+    train_multiplier: float = 1      # of the recipe's samples
+    equal_exposures: bool = False    # each real image of a mixture is shown as often as alone
+    compute_sizes: tuple = None      # images of the points whose training is doubled; None: both ends
+    as_long: str = ''                # the curve of the real images alone, trained as long
 
     @property
     def sizes(self) -> list:
@@ -124,12 +140,14 @@ def _common(study, c):
     s = study.classify
     return dict(recipe=c.recipe or s.recipe, seeds=c.seeds or s.seeds,
                 one_seed_above=c.one_seed_above or s.one_seed_above,
-                balance=c.balance or s.balance)
+                balance=c.balance or s.balance,
+                compute_sizes=None if c.compute_sizes is None else tuple(c.compute_sizes))
 
 def _one_set(study, name, c):
     "A curve of one set."
     slot = 'synthetic' if is_synthetic(study, name) else 'real'
-    return CurveSpec(**{slot: name, f'n_{slot}': tuple(c.n_images)}, **_common(study, c))
+    return CurveSpec(**{slot: name, f'n_{slot}': tuple(c.n_images)}, train_multiplier=getattr(c, 'train_multiplier', 1),
+                     **_common(study, c))
 
 def curves_of(study: Study    # the study
              ) -> dict:       # name -> CurveSpec
@@ -140,7 +158,8 @@ def curves_of(study: Study    # the study
     out |= {n: _one_set(study, n, source.curve) for n, source in sources.items() if source.curve.n_images}
     for n, m in s.mixtures.items():
         out[n] = CurveSpec(real=m.real, synthetic=m.synthetic, n_real=tuple(m.n_real), n_synthetic=tuple(m.n_synthetic),
-                           real_share=m.real_share, synthetic_weight=m.synthetic_weight, **_common(study, m))
+                           real_share=m.real_share, synthetic_weight=m.synthetic_weight, as_long=m.as_long,
+                           equal_exposures=m.exposures == 'real', **_common(study, m))
     return out
 
 def curve_of(study: Study,  # the study
@@ -161,10 +180,11 @@ class Point:
     n_real: int
     n_synthetic: int
     seed: int
-    train_multiplier: int = 1      # 2: trained twice as long, for the compute check
+    train_multiplier: float = 1    # of the recipe's samples; doubled for the compute check
     real_share: float = None       # of every batch, where there are real and synthetic images
     synthetic_weight: float = 1.   # of a synthetic image's loss, where there are real and synthetic images
     balance: str = 'equal'         # of the classes; own: with the class shares of the sets
+    equal_exposures: bool = False  # each real image is shown as often as it would be alone
 
     @property
     def n_images(self) -> int:
@@ -179,13 +199,28 @@ class Point:
 def curve_points(c: CurveSpec,              # the curve
                  compute_seeds: int = None  # seeds of the compute check; None: all
                 ) -> list:
-    "The points of a curve, then those of its compute check: both ends, trained twice as long."
-    def at(size, seed, multiplier):
+    "The points of a curve, then those of its compute check: both ends, or the sizes named, trained twice as long."
+    def at(size, seed, times):
         mixed = (c.real_share, c.synthetic_weight) if all(size) else (None, 1.)
-        return Point(c.recipe, c.real, c.synthetic, *size, seed, multiplier, *mixed, c.balance)
-    ends, most = dict.fromkeys([c.sizes[0], c.sizes[-1]]), c.seeds if compute_seeds is None else compute_seeds
+        equal = c.equal_exposures and all(size)
+        return Point(c.recipe, c.real, c.synthetic, *size, seed, times*c.train_multiplier, *mixed, c.balance, equal)
+    most = c.seeds if compute_seeds is None else compute_seeds
     once = [at(s, k, 1) for s in c.sizes for k in range(c.seeds_at(s))]
-    return once + [at(s, k, 2) for s in ends for k in range(min(c.seeds_at(s), most))]
+    return once + [at(s, k, 2) for s in checked_sizes(c) for k in range(min(c.seeds_at(s), most))]
+
+def checked_sizes(c: CurveSpec    # the curve
+                 ) -> list:       # (n_real, n_synthetic)
+    "The sizes whose training is doubled to see whether the loss is limited by data or by computing."
+    if c.compute_sizes is None: return list(dict.fromkeys([c.sizes[0], c.sizes[-1]]))
+    return [s for s in c.sizes if sum(s) in c.compute_sizes]
+
+def samples_of(recipe,        # Recipe
+               point: Point   # the run
+              ) -> int:
+    "Images shown in a run, repeats included, in whole batches."
+    n = point.n_real if point.equal_exposures else point.n_images
+    times = point.train_multiplier/(point.real_share if point.equal_exposures else 1)
+    return round(recipe.samples_seen(n)*times/recipe.batch_size)*recipe.batch_size
 
 # %% ../nbs/00g_curves.ipynb #a3000017
 class ScoredSet(Section):

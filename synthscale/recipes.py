@@ -4,19 +4,23 @@
 
 # %% ../nbs/00f_recipes.ipynb #a2000004
 from __future__ import annotations
+import base64
 from typing import Annotated, Literal, Union
+import numpy as np
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
-from .study import Count, Ident, Key, Positive, Rate, Section
+from .study import Count, Ident, Key, Positive, Rate, Section, StudyError
 
 # %% auto #0
-__all__ = ['ENGINE', 'METRICS', 'BUILT_IN', 'RecipesSection', 'mean_recall', 'Arch', 'Optimizer', 'Schedule', 'Augment', 'Recipe']
+__all__ = ['ENGINE', 'METRICS', 'PER_IMAGE', 'BUILT_IN', 'RecipesSection', 'mean_recall', 'pack_values', 'unpack_values', 'Arch',
+           'Optimizer', 'Schedule', 'Augment', 'Recipe']
 
 # %% ../nbs/00f_recipes.ipynb #a2000007
 ENGINE = 1      # of training and measuring: raise it when a change of `train` or `loop` changes a number
 
 METRICS = ('loss', 'loss_calibrated', 'top1', 'mean_per_class_recall', 'top5', 'ece')     # of every point on every
                                      # split, see train
+PER_IMAGE = ('loss', 'loss_calibrated', 'top1')      # of these the value of each test image is kept, too
 
 def mean_recall(recall: list,  # of each class; None where the split has no image of it
                 n: list        # images of each class
@@ -51,6 +55,26 @@ def _random_kwargs(kwargs):
 
 _Name = Annotated[str, Field(max_length=80), AfterValidator(_random_name), Field(pattern=r'^[A-Za-z0-9_+-]+$')]
 _Kwargs = Annotated[dict[str, Union[int, float, bool, str, list[int]]], AfterValidator(_random_kwargs)]
+
+# %% ../nbs/00f_recipes.ipynb #3ac37d41
+def pack_values(values    # of the test images, in the order of the split: numbers, or 0 and 1 alone
+               ) -> str:
+    "Values as text: half-precision numbers (three digits), or bits where all are 0 or 1."
+    v = np.asarray(values, float)
+    bits = bool(np.isin(v, (0, 1)).all())
+    data = np.packbits(v.astype(bool)) if bits else np.minimum(v, np.finfo(np.float16).max).astype('<f2')
+    return ('bits:' if bits else 'half:')+base64.b64encode(data.tobytes()).decode()
+
+def unpack_values(text: str,  # as `pack_values` gives it
+                  n: int      # test images
+                 ) -> np.ndarray:      # float32
+    "The values of the test images; raises `StudyError` where there are fewer or more of them."
+    how, _, data = text.partition(':')
+    data = base64.b64decode(data)
+    if how == 'bits': return np.unpackbits(np.frombuffer(data, np.uint8), count=n).astype(np.float32)
+    values = np.frombuffer(data, '<f2').astype(np.float32)
+    if len(values) != n: raise StudyError(f"{len(values)} values of single images, expected {n}")
+    return values
 
 # %% ../nbs/00f_recipes.ipynb #cad05828
 class Arch(Section):

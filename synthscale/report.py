@@ -129,9 +129,13 @@ def _plot_curve(ax, m, law, forecast, look):
         forecast = forecast.sort_values('n')
         ax.plot(forecast.n, forecast.loss, color=look['color'], ls='--', lw=1)
         ax.fill_between(forecast.n, forecast.ci_lo, forecast.ci_hi, color=look['color'], alpha=.13, lw=0)
-    full = ~m.compute_limited.to_numpy()
-    ax.plot(m.n[full], m['mean'][full], ls='', marker=look['marker'], color=look['color'], label=label)
-    ax.plot(m.n[~full], m['mean'][~full], ls='', marker=look['marker'], mfc='white', mec=look['color'])
+    for mark, how in _MARKS.items():
+        here = (m.compute == mark).to_numpy()
+        ax.plot(m.n[here], m['mean'][here], ls='', marker=look['marker'], color=look['color'], mec=look['color'], **how)
+    ax.plot([], [], ls='', marker=look['marker'], color=look['color'], label=label)
+
+# Points whose training was doubled: full where the loss stayed, empty where it moved; pale: nobody looked.
+_MARKS = {'checked': {}, 'limited': dict(mfc='white'), 'not checked': dict(alpha=.45)}
 
 # %% ../nbs/09_report.ipynb #2ea4d717
 def plot_scaling(ax,                   # matplotlib axes

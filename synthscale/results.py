@@ -4,18 +4,19 @@
 
 # %% ../nbs/07a_results.ipynb #11e03a90
 from __future__ import annotations
-import csv, io, itertools, shutil
+import csv, io, itertools, json, shutil
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 from .curves import curves_of, scored_sets
-from .recipes import METRICS
+from .recipes import METRICS, PER_IMAGE, unpack_values
 from .study import Study, StudyError, nearest, write_csv
 
 # %% auto #0
 __all__ = ['NEEDED', 'DEFAULTS', 'KEYS', 'read_table', 'raw_curves', 'read_curves', 'check_curves', 'expected_rows',
-           'check_complete', 'prune', 'prune_costs', 't_interval', 'summary', 'collect']
+           'check_complete', 'prune', 'prune_costs', 't_interval', 'compute_marks', 'summary', 'point_records',
+           'image_values', 'environments', 'collect']
 
 # %% ../nbs/07a_results.ipynb #37542f10
 NEEDED = ['curve', 'n_images', 'value']
@@ -199,24 +200,47 @@ def t_interval(values,               # one number per seed
     h = stdtrit(len(v)-1, (1+level)/2)*v.std(ddof=1)/np.sqrt(len(v))
     return m, m-h, m+h
 
-# %% ../nbs/07a_results.ipynb #ec790afa
+# %% ../nbs/07a_results.ipynb #2a4802a9
+_POINT = ['curve', 'n_images', 'n_real', 'n_synthetic', 'test_set']
+
+def compute_marks(moves: pd.DataFrame,   # curve, sizes, test set, metric, seed; losses once and doubled
+                  tolerance: float       # a smaller move is none: classify.compute_tolerance
+                 ) -> pd.DataFrame:      # one row per point, test set and metric
+    """How far doubling the training moves the loss, with an interval. A point is `limited` where the move is larger
+    than the tolerance and than the noise, `checked` otherwise."""
+    keys = [*_POINT, 'metric']
+    v = moves.assign(log=np.log(moves.doubled/moves.once))
+    g = v.groupby(keys, sort=False).log
+    out = g.agg(['mean', 'var', 'size']).reset_index()
+    # Noise is that of training: two seeds of one point tell little, those of all points of a test set much.
+    noise = out[out['size'] > 1].assign(df=lambda d: d['size']-1).assign(sum=lambda d: d['var']*d.df)
+    pooled = noise.groupby(['test_set', 'metric'])[['sum', 'df']].sum().reset_index()
+    out = out.merge(pooled, on=['test_set', 'metric'], how='left')
+    half = stdtrit(out.df, .975)*np.sqrt(out['sum']/out.df/out['size'])
+    sure = (out['mean'].abs() > half) | half.isna()
+    limited = sure & (np.expm1(out['mean']).abs() > tolerance)
+    return out[keys].assign(move=np.expm1(out['mean']), ci_lo=np.expm1(out['mean']-half),
+                            ci_hi=np.expm1(out['mean']+half), n_seeds=out['size'],
+                            compute=np.where(limited, 'limited', 'checked'))
+
+# %% ../nbs/07a_results.ipynb #fd0567a8
 def summary(df: pd.DataFrame,              # rows as in curves.csv
-            check: pd.DataFrame = None     # rows as in compute_check.csv
+            check: pd.DataFrame = None     # rows as `compute_marks` gives them
            ) -> pd.DataFrame:
-    "Mean and interval over seeds of every point, and whether the compute check found it limited."
+    "Mean and interval over seeds of every point, and what the compute check found: limited, checked, not checked."
     keys = [c for c in ('curve', 'test_set', 'metric', 'n_images', 'n_real', 'n_synthetic') if c in df]
     rows = []
     for k, g in df.groupby(keys, sort=False):
         m, lo, hi = t_interval(g.value)
         rows.append(dict(zip(keys, k)) | dict(mean=m, ci_lo=lo, ci_hi=hi, n_seeds=len(g)))
     out = pd.DataFrame(rows)
-    if check is None: return out.assign(compute_limited=False)
-    on = ['curve', 'test_set', 'n_images', 'n_real', 'n_synthetic']
-    limited = check[check.compute_limited][on].assign(compute_limited=True)
-    out = out.merge(limited, on=on, how='left')
-    return out.assign(compute_limited=out.compute_limited.eq(True))
+    if check is None: return out.assign(compute='not checked')
+    lead = check[check.metric == 'loss'].drop(columns='metric')          # what other metrics go by
+    marks = pd.concat([check, *(lead.assign(metric=m) for m in set(out.metric)-set(check.metric))])
+    out = out.merge(marks[[*_POINT, 'metric', 'compute']], on=[*_POINT, 'metric'], how='left')
+    return out.assign(compute=out.compute.fillna('not checked'))
 
-# %% ../nbs/07a_results.ipynb #ee2aee42
+# %% ../nbs/07a_results.ipynb #820d806f
 def _maker(study, stage, name):
     "The name of the dvc stage that makes an output of `classify` or `quality`: both have more than one group."
     if name in study.raw.get('generate', {}).get('sources', {}): return f'{stage}_sources@{name}'
@@ -233,9 +257,54 @@ def _sources(study):
     "The names of the sources."
     return list(study.raw.get('generate', {}).get('sources', {}))
 
+# %% ../nbs/07a_results.ipynb #68b7c073
+def point_records(study: Study,  # the study
+                  curves: list   # names
+                 ) -> dict:      # start of a point's key, as in curves.csv -> its record
+    "The records of all points, as the stages of the curves left them; raises `StudyError` that names a damaged line."
+    out = {}
+    for name in curves:
+        file = study.path('runs', 'classify', name, 'points.jsonl')
+        lines = file.read_text().splitlines() if file.exists() else []
+        for i, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                out[record['key'][:12]] = record
+            except (ValueError, KeyError, TypeError):
+                raise StudyError(f"{file}: line {i} is damaged; 'dvc repro {_maker(study, 'classify', name)}' "
+                                 "makes it again") from None
+    return out
+
+_RUN = ['curve', 'n_images', 'n_real', 'n_synthetic', 'seed', 'test_set']
+
+def image_values(df: pd.DataFrame,   # rows as in curves.csv
+                 records: dict       # as `point_records` gives them
+                ) -> pd.DataFrame:   # one row per run and test set; loss, loss_calibrated, top1: lists, in the order of
+                                     # the split
+    "What each test image gave in each run, of the runs whose records have it."
+    rows = []
+    for r in df[df.metric == 'loss'].itertuples():
+        m = records.get(r.point, {}).get('tests', {}).get(r.test_set, {})
+        if 'each' not in m: continue
+        values = {k: unpack_values(m['each'][k], m['n_test']) for k in PER_IMAGE}
+        rows.append({k: getattr(r, k) for k in _RUN} | values)
+    return pd.DataFrame(rows, columns=[*_RUN, *PER_IMAGE])
+
+def environments(df: pd.DataFrame,   # rows as in curves.csv
+                 records: dict       # as `point_records` gives them
+                ) -> pd.DataFrame:   # one row per environment
+    "What the points of a study were trained with: versions of libraries, Python, processor, device."
+    rows = {}
+    for p, e in df[['point', 'environment']].drop_duplicates().itertuples(index=False):
+        made = records.get(p, {}).get('made', {})
+        about = made.get('versions', {}) | {k: made.get(k, '') for k in ('python', 'processor', 'device')}
+        rows.setdefault(e, dict(environment=e, points=0) | about)['points'] += 1
+    return pd.DataFrame([*rows.values()])
+
+# %% ../nbs/07a_results.ipynb #c2663c90
 def collect(study: Study   # the study
            ) -> pd.DataFrame:
-    "Write results/curves.csv, per_class.parquet, compute_check.csv, quality.csv and summary.csv; returns the first."
+    "Write the tables of results/ that are no fits: curves.csv, which is returned, and what stands beside it."
     curves, scored = list(curves_of(study)), list(scored_sets(study))
     trained = dict.fromkeys([*curves, *_sources(study)])
     prune(study.path('runs', 'classify'), trained)
@@ -249,7 +318,7 @@ def collect(study: Study   # the study
         return pd.concat([_read(study, stage, n, file) for n in names], ignore_index=True)
 
     df = check_complete(study, join('classify', curves, 'curve.csv'))
-    check = join('classify', curves, 'compute_check.csv')
+    check = compute_marks(join('classify', curves, 'compute_check.csv'), study.classify.compute_tolerance)
     out = study.path('results')
     write_csv(out/'curves.csv', df)
     write_csv(out/'compute_check.csv', check)
@@ -258,4 +327,7 @@ def collect(study: Study   # the study
     scores = join('quality', scored, 'quality.csv') if scored else none
     write_csv(out/'quality.csv', scores)
     join('classify', curves, 'per_class.parquet').to_parquet(out/'per_class.parquet', index=False)
+    made = point_records(study, curves)
+    write_csv(out/'environments.csv', environments(df, made))
+    image_values(df, made).to_parquet(out/'images.parquet', index=False)
     return df

@@ -13,7 +13,7 @@ import timm, timm.optim, torch
 from safetensors.torch import load_file, save, save_file
 from torch.nn import functional as F
 from .loop import Average, Loop, NotFinite
-from .recipes import Arch, Augment, Optimizer, Recipe, Schedule, mean_recall
+from .recipes import PER_IMAGE, Arch, Augment, Optimizer, Recipe, Schedule, mean_recall, pack_values
 from .study import StudyError, derive_seed, nearest, write_atomic
 
 # %% auto #0
@@ -447,7 +447,7 @@ def measure(out,                      # logits, n x classes
             scale: float = 1.,        # temperature, found on other images
             within: bool = False      # only classes that occur in `labels` compete
            ) -> dict:
-    "What `METRICS` names, with `stderr` of each that has one, and per class recall, loss and n."
+    "What `METRICS` names, with `stderr` of each that has one, per class recall, loss and n, and `each` image's values."
     y, out = torch.tensor(np.asarray(labels)), out.double()
     n = torch.bincount(y, minlength=n_classes)
     if within:
@@ -461,7 +461,8 @@ def measure(out,                      # logits, n x classes
     recall = _per_class(hit, y, n)
     mean, error = mean_recall(recall, n.tolist())
     return values | dict(mean_per_class_recall=mean, stderr=stderr | dict(mean_per_class_recall=error), n_test=len(y),
-                         class_recall=recall, class_loss=_per_class(loss, y, n), class_n=n.tolist())
+                         class_recall=recall, class_loss=_per_class(loss, y, n), class_n=n.tolist(),
+                         each={k: pack_values(each[k].numpy()) for k in PER_IMAGE})
 
 # %% ../nbs/01a_train.ipynb #2e64b023
 class Best:

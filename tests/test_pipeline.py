@@ -283,7 +283,8 @@ def own_study(repo, tmp_path):
         curves = {k: dict(set=k, n_images=n) for k, n in (('photos', [8, 16, 32]), ('generated', [16, 40]))}
         mixed = dict(real='photos', synthetic='generated', n_real=[8], n_synthetic=[16, 40])
         p['classify'] |= dict(
-            eval=dict(set='photos', validation='val', test_splits=['test'], ood_set='photos'), curves=curves,
+            eval=dict(set='photos', validation='val', test_splits=['test'], ood_set='photos', in_domain_set='photos'),
+            curves=curves,
             mixtures=dict(mixed=mixed))
         p['laws'] = dict(fit_range=dict(photos=[8, 32]))
     edit(repo, change)

@@ -5,7 +5,7 @@ from hypothesis import assume, given, settings, strategies as st
 from conftest import ROOT
 from synthscale.curves import curves_of
 from synthscale.laws import compare_slopes, equivalent, fit_curve, fit_ranges, fit_table, seed_slopes
-from synthscale.results import prune, read_curves, summary, t_interval
+from synthscale.results import compute_marks, prune, read_curves, summary, t_interval
 from synthscale.study import Study, StudyError
 
 exponents, scales = st.floats(.01, 2), st.floats(1e-3, 1e3)
@@ -75,11 +75,19 @@ def test_a_table_without_loss_or_with_unknown_curves():
     with pytest.raises(StudyError, match="names 'd': no such curve"):
         fit_table(t, {'d': [1, 2]})
 
-def test_compute_limited_points_are_marked():
-    t = table([10, 20], .3).assign(n_real=lambda d: d.n_images, n_synthetic=0)
-    check = pd.DataFrame([dict(curve='c', test_set='test', n_images=20, n_real=20, n_synthetic=0,
-                               compute_limited=True)])
-    assert summary(t, check).set_index('n_images').compute_limited.to_dict() == {10: False, 20: True}
+def test_every_point_has_one_of_three_marks():
+    t = table([10, 20, 40], .3).assign(n_real=lambda d: d.n_images, n_synthetic=0)
+    at = [dict(curve='c', n_images=n, n_real=n, n_synthetic=0, test_set='test', metric='loss', compute=mark)
+          for n, mark in ((20, 'limited'), (40, 'checked'))]
+    marks = summary(t, pd.DataFrame(at)).set_index('n_images').compute.to_dict()
+    assert marks == {10: 'not checked', 20: 'limited', 40: 'checked'}
+
+def test_a_noisy_move_limits_no_point():
+    noisy = [dict(curve='c', n_images=n, n_real=n, n_synthetic=0, test_set='test', metric='loss', seed=s, once=1.,
+                  doubled=1+d) for n, moves in ((10, (.5, -.4)), (20, (.06, .04))) for s, d in enumerate(moves)]
+    assert compute_marks(pd.DataFrame(noisy), .03).compute.tolist() == ['checked']*2
+    quiet = [r | dict(doubled=1+(r['doubled']-1)/50+(.05 if r['n_images'] == 20 else 0)) for r in noisy]
+    assert compute_marks(pd.DataFrame(quiet), .03).compute.tolist() == ['checked', 'limited']
 
 def test_prune_keeps_what_is_named(tmp_path):
     for n in ('a', 'b'):
