@@ -305,6 +305,7 @@ def class_indices(given: dict,     # class of the study -> classes of the backbo
                  ) -> list:        # for each class of the study the indices of the backbone's
     "A map of classes, checked: every class of the study has some, and none stands for two."
     found, out, taken = _by_name(names), [], {}
+    if not n: raise StudyError(f"{key}: the backbone has no head (n_classes is 0), so it names no classes")
     for k in given:
         if k not in classes: raise StudyError(f"{key} names {k!r}, no class of the study{nearest(k, classes)}")
     lost = [c for c in classes if not given.get(c)]
