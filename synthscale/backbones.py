@@ -4,21 +4,21 @@
 
 # %% ../nbs/02c_backbones.ipynb #ae3cef75
 from __future__ import annotations
-import hashlib, json, os, pickle, re
+import hashlib, json, os, pickle, re, shutil
 from pathlib import Path
 from typing import Annotated, Literal, Union
 import numpy as np
 from pydantic import Field
 from .class_tables import imagenet_table
-from .pipelines import first_line
-from .shards import load_set, read_manifest
+from .shards import load_set, read_manifest, replace_folder
 from .study import Count, Section, Study, StudyError, atomic_file, file_sha256, nearest, write_atomic
 
 # %% auto #0
 __all__ = ['NOT_READ', 'ENDINGS', 'BATCH', 'OwnClasses', 'FEATURES', 'BackboneSpec', 'backbone_faults', 'check_backbone',
-           'read_weights', 'fit_weights', 'own_names', 'create_backbone', 'save_backbone', 'restore_backbone',
-           'load_backbone', 'prepare_images', 'backbone_features', 'backbone_logits', 'class_indices', 'class_logits',
-           'fetch_weights', 'weights_hash', 'bring_backbone', 'features_key', 'set_features']
+           'read_weights', 'fit_weights', 'own_names', 'create_backbone', 'described', 'save_backbone',
+           'restore_backbone', 'load_backbone', 'prepare_images', 'backbone_features', 'backbone_logits',
+           'class_indices', 'class_logits', 'fetch_weights', 'weights_hash', 'bring_backbone', 'backbone_folder',
+           'features_key', 'set_features']
 
 # %% ../nbs/02c_backbones.ipynb #3b7f4a51
 NOT_READ = 'build/nbs/02_models.ipynb'      # `input` of what comes from the hub: DVC needs a path
@@ -97,6 +97,10 @@ def check_backbone(spec: BackboneSpec,   # one entry of models
     if found: raise StudyError('\n'.join(str(StudyError.at(f'{key}.{k}', v, e)) for k, v, e in found))
 
 # %% ../nbs/02c_backbones.ipynb #48c083ff
+def _first(e):
+    "The type of another library's error, and how its message begins."
+    return f'{type(e).__name__}: {str(e).strip()[:200]}'
+
 _INSIDE = ('state_dict', 'model', 'model_state_dict')      # where checkpoints of a training keep the weights
 
 def read_weights(path    # .safetensors, .pth or .pt
@@ -112,7 +116,7 @@ def read_weights(path    # .safetensors, .pth or .pt
         raise StudyError(f"{path}: a pickle that holds more than tensors, which could be code and is not run; expected "
                          "a state_dict, as torch.save(net.state_dict()) writes it, or .safetensors") from None
     except Exception as e:
-        raise StudyError(f"{path}: not readable as weights: {first_line(e)}") from None
+        raise StudyError(f"{path}: not readable as weights: {_first(e)}") from None
     inside = [found[k] for k in _INSIDE if isinstance(found, dict) and isinstance(found.get(k), dict)]
     found = inside[0] if inside else found
     odd = [k for k, v in found.items() if not isinstance(v, torch.Tensor)] if isinstance(found, dict) else [path.name]
@@ -172,7 +176,15 @@ def create_backbone(config: dict    # arch, kwargs, n_classes and channels
         return timm.create_model(arch, pretrained=False, num_classes=config['n_classes'], in_chans=config['channels'],
                                  **config['kwargs'])
     except (TypeError, ValueError, AssertionError, RuntimeError) as e:
-        raise StudyError(f"timm's {arch} does not take kwargs {config['kwargs']}: {first_line(e)}") from None
+        raise StudyError(f"timm's {arch} does not take kwargs {config['kwargs']}: {_first(e)}") from None
+
+def described(spec: BackboneSpec    # one entry of models
+             ) -> dict:             # what config.json has of it
+    "What a backbone's entry says of it, without the hashes of files."
+    keys = ('arch', 'kwargs', 'channels', 'mean', 'std', 'input_size', 'n_classes', 'names', 'licence', 'origin',
+            'repo', 'revision')
+    file = '' if spec.source == 'file' else spec.file      # where a file lay is of no account
+    return {k: getattr(spec, k) for k in keys} | dict(classes=own_names(spec), file=file)
 
 def save_backbone(folder,              # models/NAME
                   spec: BackboneSpec,  # what it is
@@ -184,11 +196,7 @@ def save_backbone(folder,              # models/NAME
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in weights.items()}, folder/'model.safetensors')
-    keys = ('arch', 'kwargs', 'channels', 'mean', 'std', 'input_size', 'n_classes', 'names', 'licence', 'origin',
-            'repo', 'revision')
-    config = {k: getattr(spec, k) for k in keys}
-    config |= dict(classes=own_names(spec), source_sha256=source_sha256, sha256=file_sha256(folder/'model.safetensors'))
-    config['file'] = '' if spec.source == 'file' else spec.file
+    config = described(spec) | dict(source_sha256=source_sha256, sha256=file_sha256(folder/'model.safetensors'))
     write_atomic(folder/'config.json', json.dumps(config, indent=1, sort_keys=True)+'\n')
     return config
 
@@ -332,7 +340,7 @@ def _timm_repo(spec, key):
     try:
         settings = get_pretrained_cfg(spec.arch, allow_unregistered=False)
     except RuntimeError as e:
-        raise StudyError.at(f'{key}.arch', spec.arch, f"timm's name and tag of weights ({first_line(e)})") from None
+        raise StudyError.at(f'{key}.arch', spec.arch, f"timm's name and tag of weights ({_first(e)})") from None
     if not settings.hf_hub_id: raise StudyError.at(f'{key}.arch', spec.arch, 'a tag whose weights are on the hub')
     n = settings.num_classes
     if spec.n_classes not in (0, n): raise StudyError.at(f'{key}.n_classes', spec.n_classes, f'{n} as it was trained')
@@ -351,7 +359,7 @@ def fetch_weights(spec: BackboneSpec,   # from the hub
         return Path(hf_hub_download(repo, spec.file, revision=spec.revision, local_dir=str(Path(work)/'fetched'),
                                     token=os.environ.get('HF_TOKEN') or False))
     except Exception as e:
-        raise StudyError(f"{repo}@{spec.revision[:12]}: {spec.file} cannot be fetched from the hub: {first_line(e)}; "
+        raise StudyError(f"{repo}@{spec.revision[:12]}: {spec.file} cannot be fetched from the hub: {_first(e)}; "
                          "for a model behind a licence put a token into HF_TOKEN in the environment") from None
 
 def _weights_of(spec, path):
@@ -391,6 +399,33 @@ def bring_backbone(study: Study,   # the study
                          "meant")
     return save_backbone(out, spec, _weights_of(spec, path), found)
 
+# %% ../nbs/02c_backbones.ipynb #0fa6fd93
+def _is_as_described(folder, spec):
+    "Whether a folder holds the backbone that an entry describes."
+    try:
+        config = json.loads((Path(folder)/'config.json').read_text())
+    except (OSError, ValueError):
+        return False
+    if not spec.sha256 and spec.source == 'file': return False       # nothing says which weights are meant
+    same_file = not spec.sha256 or config.get('source_sha256') == spec.sha256
+    return same_file and described(spec).items() <= config.items() and (Path(folder)/'model.safetensors').exists()
+
+def backbone_folder(study: Study,   # the study
+                    name: str       # under models
+                   ) -> Path:       # models/NAME or build/backbones/NAME
+    "The folder of a backbone as params.yaml describes it, brought where it is not there; loading it checks its hash."
+    options = [k for k, m in study.models.items() if m.type == 'backbone']
+    if name not in options: raise StudyError(f"no model {name!r} of type backbone under models{nearest(name, options)}")
+    spec = study.models[name]
+    kept = study.path('build', 'backbones', name)
+    for folder in (study.path('models', name), kept):
+        if _is_as_described(folder, spec): return folder
+    new = kept.with_name(f'.{name}.tmp')
+    shutil.rmtree(new, ignore_errors=True)
+    bring_backbone(study, name, kept.with_name(f'.{name}.work'), new)
+    replace_folder(new, kept)
+    return kept
+
 # %% ../nbs/02c_backbones.ipynb #51db244b
 FEATURES = 1     # of the way from pixels to features: raise it when `prepare_images` or `backbone_features` change them
 
@@ -412,14 +447,14 @@ def _write_features(path, net, config, images, batch):
             f.write(part.numpy().astype('<f4').tobytes())
 
 def set_features(study: Study,        # the study
-                 backbone: str,       # under models, brought to models/NAME
+                 backbone: str,       # under models
                  set: str,            # an image set
                  split: str,          # of it
                  batch: int = BATCH   # images per pass
                 ) -> np.ndarray:      # n x d, float32, in the order of the manifest; mapped from its file
     "The features of one split of a set under a backbone, from build/features or computed and kept there."
     import torch
-    net, config = load_backbone(study.path('models', backbone))
+    net, config = load_backbone(backbone_folder(study, backbone))
     m = read_manifest(study.set_dir(set))
     m = m[m.split == split]
     path = study.path('build', 'features', f'{features_key(config, m.sha256)}.npy')

@@ -10,9 +10,8 @@ from typing import Literal
 import pandas as pd
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
-from .backbones import (FEATURES, OwnClasses, backbone_features, backbone_logits, class_indices, class_logits,
-                                  load_backbone, own_names, restore_backbone)
-from .models import build_model
+from .backbones import (FEATURES, OwnClasses, backbone_features, backbone_folder, backbone_logits,
+                                  class_indices, class_logits, load_backbone, own_names, restore_backbone)
 from .recipes import ENGINE
 from .shards import load_set, subset
 from .study import (Ident, Key, Positive, Section, Study, StudyError, derive_seed, link_or_copy, made_before,
@@ -111,7 +110,7 @@ def evaluator_key(study: Study,  # the study
     about = dict(threads=_THREADS, classes=study.study.classes, channels=study.data.channels,
                  images=rows.sha256.tolist())
     if spec.backbone:
-        config = load_backbone(study.path('models', spec.backbone))[1]
+        config = json.loads((backbone_folder(study, spec.backbone)/'config.json').read_text())
         about |= dict(features=FEATURES, backbone=config, map=_indices_of(study, name))
     else:
         recipe = study.recipes[spec.recipe].model_dump(exclude={'reference'})
@@ -140,7 +139,8 @@ def _indices_of(study, name):
 
 def _translate_backbone(study, name, images, labels, out):
     "Write a backbone, with its classes translated, as an evaluator; its weights are a second name of the same file."
-    spec, folder = study.evaluators[name], study.path('models', study.evaluators[name].backbone)
+    spec = study.evaluators[name]
+    folder = backbone_folder(study, spec.backbone)
     net, config = load_backbone(folder)
     std = backbone_features(net, config, images).std(0).round(6).tolist()
     about = dict(backbone=config, model=spec.backbone, class_indices=_indices_of(study, name), set=spec.set,
@@ -158,8 +158,6 @@ def build_evaluator(study: Study,  # the study
     if name not in study.evaluators:
         raise StudyError(f"no evaluator {name!r} under evaluators{nearest(name, study.evaluators)}")
     spec, classes = study.evaluators[name], study.study.classes
-    if spec.backbone:
-        build_model(study, spec.backbone)              # left as it is where it is there
     s = load_set(study.set_dir(spec.set), spec.split)
     i = subset(s, spec.n_images, study.seed('order', spec.set, 0), len(classes), spec.balance)
     out, note = study.path('evaluators', name), study.path('runs', 'evaluators', f'{name}.json')
