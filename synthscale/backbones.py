@@ -99,7 +99,7 @@ def check_backbone(spec: BackboneSpec,   # one entry of models
 # %% ../nbs/02c_backbones.ipynb #48c083ff
 def _first(e):
     "The type of another library's error, and how its message begins."
-    return f'{type(e).__name__}: {str(e).strip()[:200]}'
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
 _INSIDE = ('state_dict', 'model', 'model_state_dict')      # where checkpoints of a training keep the weights
 
@@ -397,7 +397,9 @@ def bring_backbone(study: Study,   # the study
     if spec.sha256 and found != spec.sha256:
         raise StudyError(f"{path}: its SHA-256 is {found}, {key}.sha256 says {spec.sha256}: not the weights that were "
                          "meant")
-    return save_backbone(out, spec, _weights_of(spec, path), found)
+    config = save_backbone(out, spec, _weights_of(spec, path), found)
+    shutil.rmtree(Path(work)/'fetched', ignore_errors=True)      # a finished download would take its room twice
+    return config
 
 # %% ../nbs/02c_backbones.ipynb #0fa6fd93
 def _is_as_described(folder, spec):
