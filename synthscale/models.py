@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 from safetensors import safe_open
+from .backbones import BackboneSpec, bring_backbone, weights_hash
 from .pipelines import check_folder, first_line, folder_sha256, pipeline_class, read_json
 from .shards import load_set, read_manifest, replace_folder
 from .study import (Ident, Key, Positive, Rate, Section, Study, StudyError, link_or_copy, made_before,
@@ -149,7 +150,8 @@ class LocalSpec(Section):
     pipeline: Ident = ''             # as for a hub model
     upscaler: str = ''               # folder of the second stage of a cascade, inside `input`
 
-_ModelSpec = Annotated[Union[MiniSDSpec, MiniIFSpec, MiniMuseSpec, HubSpec, LocalSpec], Field(discriminator='type')]
+_ModelSpec = Annotated[Union[MiniSDSpec, MiniIFSpec, MiniMuseSpec, HubSpec, LocalSpec, BackboneSpec],
+                       Field(discriminator='type')]
 ModelsSection = dict[Key, _ModelSpec]
 
 # %% ../nbs/02_models.ipynb #eefcdde8
@@ -222,6 +224,8 @@ def model_key(study: Study,        # the study
         m = m[m.split == spec.split]
         about |= dict(engine=ENGINE, threads=training_threads(), seed=study.seed('model', name),
                       images=m.sha256.tolist(), captions=m.caption.tolist())
+    elif spec.type == 'backbone':
+        about |= dict(weights=weights_hash(study, spec))
     elif spec.type == 'local':
         check_links(study.path(spec.input))
         upscaler = folder_sha256(study.path(spec.upscaler)) if spec.upscaler else ''
@@ -282,6 +286,7 @@ def materialize(study: Study,   # the study
                ):
     "Fetch, copy or train one model."
     spec, out = study.models[name], Path(out)
+    if spec.type == 'backbone': return bring_backbone(study, name, work, out)
     if spec.type.startswith('mini_'):
         import torch
         from synthscale.mini_models import MINIS
@@ -308,7 +313,7 @@ def materialize(study: Study,   # the study
 def build_model(study: Study,  # the study
                 name: str      # under models
                ) -> Path:      # models/NAME
-    "Bring one text-to-image model to models/NAME, unless it is there; a killed run continues where it was."
+    "Bring one model to models/NAME, unless it is there; a killed run continues where it was."
     if name not in study.models: raise StudyError(f"no model {name!r} under models{nearest(name, study.models)}")
     key, out, note = model_key(study, name), study.path('models', name), study.path('runs', 'models', f'{name}.json')
     if made_before(note, key, out): return out
@@ -351,6 +356,10 @@ def model_card(study: Study,           # the study
               ) -> pd.DataFrame:       # one row per split; one row with class and origin if not trained here
     "Reconstruction error and loss of a model on the splits of its set."
     spec, folder = study.models[name], study.path('models', name)
+    if spec.type == 'backbone':
+        config = read_json(folder/'config.json')
+        keys = ('arch', 'input_size', 'n_classes', 'licence', 'origin', 'sha256')
+        return pd.DataFrame([dict(model=name, **{k: config[k] for k in keys})])
     if not spec.type.startswith('mini_'):
         origin = read_json(folder/'origin.json')
         return pd.DataFrame([dict(model=name, pipeline=pipeline_class(folder)[0].__name__, **origin)])

@@ -10,6 +10,7 @@ from .curves import curves_of, is_synthetic, scored_sets
 from .data import DigitsSpec, HubImagesSpec, ImagesSpec, MnistDigitsSpec, RenderedDigitsSpec, TilesSpec
 from .generate import source_spec
 from .laws import fit_ranges
+from .backbones import BackboneSpec, backbone_faults, class_indices, own_names
 from .models import HubFiles, HubSpec, LocalSpec
 from .report import labels_of
 from .study import SECTIONS, Study, StudyError, file_sha256, nearest
@@ -167,7 +168,10 @@ def _check_models(c):
         if isinstance(m, LocalSpec) and m.upscaler:
             c.unless(m.upscaler.startswith(m.input.rstrip('/')+'/'), f'{key}.upscaler', m.upscaler,
                      f'a folder inside {key}.input ({m.input}), which is what DVC watches')
-        if isinstance(m, (HubSpec, LocalSpec)): continue
+        if isinstance(m, BackboneSpec):
+            for k, found, expected in backbone_faults(m):
+                c.unless(False, f'{key}.{k}', found, expected)
+        if isinstance(m, (HubSpec, LocalSpec, BackboneSpec)): continue
         c.ref(f'{key}.input', m.input.removeprefix('sets/'), s.data.sets, 'set under data.sets')
         if s.data.image_size % 2**m.halvings:
             c.say(f"{key}: its networks halve an image {m.halvings} times: data.image_size is {s.data.image_size}, "
@@ -246,6 +250,8 @@ def _check_sources(c):
     for n in s.generate.sources:
         spec, key = source_spec(s, n), f'generate.sources.{n}'
         c.ref(f'{key}.model', spec.model, s.models, 'model under models')
+        if isinstance(s.models.get(spec.model), BackboneSpec):
+            c.say(f"{key}.model is {spec.model!r}, a backbone: expected a model that makes images")
         c.ref(f'{key}.prompts', spec.prompts, s.prompts.sets, 'prompt set under prompts.sets')
         if spec.n_images is None:
             c.say(f"key '{key}.n_images' is missing, and generate.n_images, which would do for every source, too")
@@ -269,12 +275,32 @@ def _check_recipes(c):
         c.unless(r.augment.crop < side, f'recipes.{n}.augment.crop', r.augment.crop,
                  f'less than the {side} pixels of an image, whose reflection is the padding')
 
+def _check_backbone_evaluator(c, key, e):
+    "An evaluator's backbone is one, says which weights it has, and has classes for those of the study."
+    s, m = c.study, c.study.models.get(e.backbone)
+    brought = [n for n, model in s.models.items() if isinstance(model, BackboneSpec)]
+    if not isinstance(m, BackboneSpec):
+        c.ref(f'{key}.backbone', e.backbone, brought, 'model of type backbone under models')
+        return
+    if not (m.sha256 or m.revision):
+        c.say(f"models.{e.backbone}.sha256 is missing: {key} uses this backbone, and its stage sees no other sign that "
+              "the file of weights has changed (sha256sum FILE prints it)")
+    c.unless(m.channels in (3, s.data.channels), f'models.{e.backbone}.channels', m.channels,
+             f'{s.data.channels} as data.channels')
+    try:
+        class_indices(e.classes, s.study.classes, own_names(m), m.n_classes, f'{key}.classes')
+    except StudyError as error:
+        c.say(str(error))
+
 def _check_evaluators(c):
     "Evaluators, and the sets that they score."
     s = c.study
     for n, e in s.evaluators.items():
         c.ref(f'evaluators.{n}.set', e.set, s.data.sets, 'set under data.sets')
-        c.ref(f'evaluators.{n}.recipe', e.recipe, s.recipes, 'recipe under recipes')
+        if e.backbone:
+            _check_backbone_evaluator(c, f'evaluators.{n}', e)
+        else:
+            c.ref(f'evaluators.{n}.recipe', e.recipe, s.recipes, 'recipe under recipes')
     for k in ('real_evaluator', 'in_domain_evaluator'):
         name = getattr(s.quality, k)
         if not name: continue
@@ -299,7 +325,7 @@ def _check_splits(c):
     named += [(f'evaluators.{k}.split', v.set, v.split) for k, v in s.evaluators.items()]
     named += [(f'quality.sets.{k}.split', k, v.split) for k, v in s.quality.sets.items()]
     named += [(f'models.{k}.split', m.input.removeprefix('sets/'), m.split) for k, m in s.models.items()
-              if not isinstance(m, (HubSpec, LocalSpec))]
+              if not isinstance(m, (HubSpec, LocalSpec, BackboneSpec))]
     for key, name, split in named:
         known = known_splits(s.data.sets[name]) if name in s.data.sets else None
         if known is None or split in known: continue
@@ -449,6 +475,11 @@ def _dump(section):
     if isinstance(section, BaseModel): return _plain(section)
     return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(section).items()}
 
+def _evaluator_dump(e, recipes, models):
+    "An evaluator with its recipe, or with its backbone, whose section says which weights these are."
+    own = dict(model=models[e['backbone']]) if e['backbone'] else dict(recipe=recipes[e['recipe']])
+    return {k: v for k, v in e.items() if v not in ('', {})} | own
+
 def resolved(study: Study    # checked
             ) -> dict:       # contents of build/params.json
     "All parameters of a study with their defaults, as its stages depend on them."
@@ -459,7 +490,7 @@ def resolved(study: Study    # checked
         del s['curve'], s['label']
     out['generate'] |= {'sources': sources}
     out['recipes'] = recipes
-    out['evaluators'] = {n: e | {'recipe': recipes[e['recipe']]} for n, e in out['evaluators'].items()}
+    out['evaluators'] = {n: _evaluator_dump(e, recipes, out['models']) for n, e in out['evaluators'].items()}
     curves = {n: _dump(c) for n, c in curves_of(study).items()}
     for c in curves.values():
         c |= {'recipe_name': c['recipe'], 'recipe': recipes[c['recipe']]}
