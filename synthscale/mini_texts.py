@@ -33,10 +33,9 @@ def train_byte_tokenizer(texts: list,      # what it is to write
 def sequences(tok,                 # as train_byte_tokenizer makes it
               texts: list,         # what is learned
               given: list = None   # beginnings that are not learned, one per text
-             ):                    # tokens and targets, n x length: texts between two ends; targets without beginnings
-    "Texts as the networks are trained on them; -100 in the targets is what is not learned."
-    given = [''] * len(texts) if given is None else given
-    starts = [[tok.bos_token_id, *tok(g).input_ids] for g in given]
+             ):                    # tokens and targets, n x length: beginning or end sign, text, end sign
+    "Texts as the networks are trained on them; -100 in the targets is what is not learned: beginnings and filling."
+    starts = [tok(g).input_ids for g in given] if given else [[tok.bos_token_id]]*len(texts)
     rows = [a+tok(t).input_ids+[tok.eos_token_id] for a, t in zip(starts, texts)]
     ids = torch.full((len(rows), max(map(len, rows))), tok.pad_token_id)
     targets = torch.full_like(ids, -100)
