@@ -107,11 +107,12 @@ def _merged(parts, pair):
         i += 1+joined
     return tuple(out)
 
-def learn_merges(words: dict,   # word -> how often
-                 n: int         # merges wanted
-                ) -> list:      # pairs of tokens
+def learn_merges(words: dict,      # word -> how often
+                 n: int,           # merges wanted
+                 end: str = END    # what the last letter of a word gets; '' for tokens that are the same anywhere
+                ) -> list:         # pairs of tokens
     "The n most frequent merges of neighbouring tokens, one after the other, as long as a pair occurs twice."
-    split, merges = {w: (*w[:-1], w[-1]+END) for w in words}, []
+    split, merges = {w: (*w[:-1], w[-1]+end) for w in words}, []
     while len(merges) < n:
         pairs = Counter()
         for w, parts in split.items():

@@ -11,7 +11,8 @@ from .data import DigitsSpec, HubImagesSpec, ImagesSpec, MnistDigitsSpec, Render
 from .generate import source_spec
 from .laws import fit_ranges
 from .backbones import BackboneSpec, backbone_faults, class_indices, own_names
-from .models import HubFiles, HubSpec, LocalSpec
+from .models import HubFiles, HubSpec, LocalSpec, task_of
+from .prompts import check_caption_split
 from .report import labels_of
 from .study import SECTIONS, Study, StudyError, file_sha256, nearest
 
@@ -84,7 +85,7 @@ def _check_classes(c):
 def _check_case(c):
     "Names that are folders differ in more than upper and lower case, which some file systems do not tell apart."
     s = c.study
-    groups = {'image sets': s.sets, 'models': s.models, 'evaluators': s.evaluators,
+    groups = {'image sets': s.sets, 'models': s.models, 'prompt sets': s.prompts.every, 'evaluators': s.evaluators,
               'curves': [*s.classify.curves, *s.classify.mixtures]}
     for what, names in groups.items():
         first = {}
@@ -171,8 +172,17 @@ def _check_models(c):
         if isinstance(m, BackboneSpec):
             for k, found, expected in backbone_faults(m):
                 c.unless(False, f'{key}.{k}', found, expected)
-        if isinstance(m, (HubSpec, LocalSpec, BackboneSpec)): continue
+            continue
+        if isinstance(m, (HubSpec, LocalSpec)):
+            if task_of(m) == 'text-to-image' or not m.upscaler: continue
+            c.say(f"{key}.upscaler belongs to a model that makes images, and its task is {task_of(m)}")
+            continue
         c.ref(f'{key}.input', m.input.removeprefix('sets/'), s.data.sets, 'set under data.sets')
+        if task_of(m) != 'text-to-image':
+            patch = getattr(m, 'patch', 1)
+            c.unless(s.data.image_size % patch == 0, f'{key}.patch', patch,
+                     f'a divisor of data.image_size ({s.data.image_size})')
+            continue
         if s.data.image_size % 2**m.halvings:
             c.say(f"{key}: its networks halve an image {m.halvings} times: data.image_size is {s.data.image_size}, "
                   f"expected a multiple of {2**m.halvings}")
@@ -223,25 +233,67 @@ def _check_fill(c, key, s, words):
             c.say(f"{key}.fill.{f} is empty: no prompt could be made")
 
 # %% ../nbs/10_params.ipynb #e30e21dc
-def _check_template(c, key, t, s, p, classes):
+def _check_template(c, key, t, s, p, classes, where='templates'):
     "A template names the class, and something fills each of its placeholders for every class."
     words, table = p.words, ['description', 'hypernyms'] if p.classes else []     # of a class table, when it is read
     try:
         parts = [q for q in string.Formatter().parse(t) if q[1] is not None]
     except ValueError as e:
-        c.say(f"{key}.templates: {t!r} is not a template: {e}")
+        c.say(f"{key}.{where}: {t!r} is not a template: {e}")
         return
     asked, known = [f for _, f, _, _ in parts], ['name', *table, *words, *s.fill]
     if any(spec or how for _, _, spec, how in parts):
-        c.say(f"{key}.templates: {t!r}: expected plain placeholders as {{name}}, without a format")
+        c.say(f"{key}.{where}: {t!r}: expected plain placeholders as {{name}}, without a format")
     if not {'name', *table, *words} & set(asked):
-        c.say(f"{key}.templates: {t!r} does not name the class: expected {{name}} or a key of prompts.words in it")
+        c.say(f"{key}.{where}: {t!r} does not name the class: expected {{name}} or a key of prompts.words in it")
     for f in asked:
         if f not in known:
-            c.say(f"{key}.templates: nothing fills {{{f}}} of {t!r}{nearest(f, known)}")
+            c.say(f"{key}.{where}: nothing fills {{{f}}} of {t!r}{nearest(f, known)}")
         lost = [k for k in classes if k not in words[f]] if f in words and f not in ('name', *table) else []
         if lost:
             c.say(f"{key} has no prompt for class {lost[0]!r}: prompts.words.{f} has no words for it")
+
+# %% ../nbs/10_params.ipynb #6b5be17c
+def _check_task(c, key, name, tasks):
+    "A model does what it is named for."
+    m = c.study.models.get(name)
+    if m is None or task_of(m) in tasks: return
+    c.unless(False, key, name, f"a model whose task is {' or '.join(tasks)}", f': its task is {task_of(m)}')
+
+def _check_written(c):
+    "Prompt sets that models write name models and sets that exist, and words for every class."
+    s, p = c.study, c.study.prompts
+    _check_prompt_names(c, p)
+    _check_class_names(c, 'prompts.also_named', p.also_named, s.study.classes)
+    for name, w in p.written.items():
+        key = f'prompts.written.{name}'
+        c.ref(f'{key}.model', w.model, s.models, 'model under models')
+        _check_task(c, f'{key}.model', w.model, ['text-generation', 'text2text-generation'])
+        if w.ask:
+            _check_template(c, key, w.ask, _Asked, p, s.study.classes, 'ask')
+    for name, w in p.captions.items():
+        key = f'prompts.captions.{name}'
+        c.ref(f'{key}.model', w.model, s.models, 'model under models')
+        _check_task(c, f'{key}.model', w.model, ['image-text-to-text'])
+        c.ref(f'{key}.set', w.set, s.data.sets, 'set under data.sets')
+        if w.set not in s.data.sets: continue
+        c.unless(not is_synthetic(s, w.set), f'{key}.set', w.set, 'a set of real images')
+        try:
+            check_caption_split(s, name)
+        except StudyError as e:
+            c.say(str(e))
+
+class _Asked:
+    "What a language model is asked for has no fillings."
+    fill = {}
+
+def _check_prompt_names(c, p):
+    "Each prompt set has a name of its own."
+    groups = {'prompts.sets': p.sets, 'prompts.written': p.written, 'prompts.captions': p.captions}
+    for n in p.every:
+        where = [k for k, there in groups.items() if n in there]
+        if len(where) < 2: continue
+        c.say(f"{n!r} is under {where[0]} and under {where[1]}: each prompt set needs its own name")
 
 # %% ../nbs/10_params.ipynb #a4000014
 def _check_sources(c):
@@ -250,9 +302,8 @@ def _check_sources(c):
     for n in s.generate.sources:
         spec, key = source_spec(s, n), f'generate.sources.{n}'
         c.ref(f'{key}.model', spec.model, s.models, 'model under models')
-        if isinstance(s.models.get(spec.model), BackboneSpec):
-            c.say(f"{key}.model is {spec.model!r}, a backbone: expected a model that makes images")
-        c.ref(f'{key}.prompts', spec.prompts, s.prompts.sets, 'prompt set under prompts.sets')
+        _check_task(c, f'{key}.model', spec.model, ['text-to-image'])
+        c.ref(f'{key}.prompts', spec.prompts, s.prompts.every, 'prompt set under prompts')
         if spec.n_images is None:
             c.say(f"key '{key}.n_images' is missing, and generate.n_images, which would do for every source, too")
         else:
@@ -326,6 +377,7 @@ def _check_splits(c):
     named += [(f'quality.sets.{k}.split', k, v.split) for k, v in s.quality.sets.items()]
     named += [(f'models.{k}.split', m.input.removeprefix('sets/'), m.split) for k, m in s.models.items()
               if not isinstance(m, (HubSpec, LocalSpec, BackboneSpec))]
+    named += [(f'prompts.captions.{k}.split', p.set, p.split) for k, p in s.prompts.captions.items()]
     for key, name, split in named:
         known = known_splits(s.data.sets[name]) if name in s.data.sets else None
         if known is None or split in known: continue
@@ -427,10 +479,11 @@ def _check_report(c):
     for n in s.report.samples:
         c.ref('report.samples', n, s.sets, _ANY_SET)
     for n in s.report.labels:
-        c.ref('report.labels', n, [*curves, *s.sets, *s.prompts.sets], 'curve, set or prompt set')
+        c.ref('report.labels', n, [*curves, *s.sets, *s.prompts.every], 'curve, set or prompt set')
 
-_CHECKS = (_check_classes, _check_sets, _check_case, _check_images, _check_models, _check_prompts, _check_sources,
-           _check_recipes, _check_evaluators, _check_filters, _check_eval, _check_curves, _check_laws, _check_report)
+_CHECKS = (_check_classes, _check_sets, _check_case, _check_images, _check_models, _check_prompts, _check_written,
+           _check_sources, _check_recipes, _check_evaluators, _check_filters, _check_eval, _check_curves, _check_laws,
+           _check_report)
 
 # %% ../nbs/10_params.ipynb #a4000018
 REQUIRED = ('study', 'data', 'classify')     # the sections without which there is no study

@@ -11,7 +11,7 @@ import pandas as pd
 from .study import Study, read_yaml, repo_root
 
 # %% auto #0
-__all__ = ['font_table', 'make_inputs', 'smoke_inputs', 'smoke_params', 'run_smoke', 'smoke_study']
+__all__ = ['font_table', 'make_inputs', 'smoke_inputs', 'smoke_params', 'smoke_text_models', 'run_smoke', 'smoke_study']
 
 # %% ../nbs/00b_smoke.ipynb #30c92360
 _FONTS = {'DejaVuSans': 'sans', 'DejaVuSansMono': 'monospaced', 'DejaVuSerif': 'serif', 'STIXGeneral': 'times'}
@@ -116,10 +116,27 @@ def smoke_params() -> dict:
                         samples=['digits', 'rendered', 'names_g2'], factors_n_images=80)
     return p
 
+# %% ../nbs/00b_smoke.ipynb #5327aa3b
+def smoke_text_models() -> dict:
+    "A language model, a captioner and a prompt set of each, for the sections `models` and `prompts` of a small study."
+    sizes = dict(input='sets/rendered', vocab_size=400, width=32, steps=150, batch_size=32, lr=0.005)
+    models = dict(mini_lm=dict(type='mini_lm', layers=1, **sizes),
+                  mini_captioner=dict(type='mini_captioner', patch=2, image_layers=1, text_layers=1, **sizes))
+    written = dict(sentences=dict(model='mini_lm', per_class=4, ask='{name}: '))
+    captions = dict(captioned=dict(model='mini_captioner', set='digits', per_class=3))
+    return dict(models=models, written=written, captions=captions)
+
 # %% ../nbs/00b_smoke.ipynb #cb24fedd
 def _models_used(study) -> list:
-    "The models that the sources use; the others are trained where they are shown."
-    return list(dict.fromkeys(s.model for s in study.generate.sources.values()))
+    "The models that the sources and their prompt sets use; the others are trained where they are shown."
+    written = {**study.prompts.written, **study.prompts.captions}
+    sources = study.generate.sources.values()
+    used = [s.model for s in sources]+[written[s.prompts].model for s in sources if s.prompts in written]
+    return list(dict.fromkeys(used))
+
+def _prompt_sets_made(study) -> list:
+    "The prompt sets that need no model, and those that the sources use."
+    return list(dict.fromkeys([*study.prompts.sets, *(s.prompts for s in study.generate.sources.values())]))
 
 def _scored(study) -> list:
     "The sets that are scored."
@@ -133,7 +150,7 @@ def _curves(study) -> list:
 _STAGES = {
     'data': ('synthscale.data:build_set', attrgetter('data.sets'), {}),
     'models': ('synthscale.models:build_model', _models_used, {}),
-    'prompts': ('synthscale.prompts:write_prompts', None, {}),
+    'prompts': ('synthscale.prompts:write_prompt_set', _prompt_sets_made, {}),
     'generate': ('synthscale.workers:generate_source', attrgetter('generate.sources'), dict(workers=1)),
     'evaluators': ('synthscale.evaluators:build_evaluator', attrgetter('evaluators'), {}),
     'filters': ('synthscale.filters:filter_set', attrgetter('filters'), {}),

@@ -18,7 +18,8 @@ def fails(d, cmd='dvc repro'):
 
 def test_from_nothing_every_out_is_there(finished):
     assert ran((finished.parent/'first.log').read_text()) == {
-        'prepare', 'data@digits', 'data@rendered', 'models@mini_sd', 'prompts', 'generate@names_g2',
+        'prepare', 'data@digits', 'data@rendered', 'models@mini_sd', 'prompts@names', 'prompts@described',
+        'prompts@styles', 'generate@names_g2',
         'evaluators@real_classifier', 'quality_sources@names_g2', 'classify@digits', 'classify_sources@names_g2',
         'classify_mixtures@grid', *AGGREGATES}
     figures = ('scaling_test', 'scaling_ood', 'mixing', 'per_class_recall', 'samples', 'guidance', 'quality',
@@ -48,7 +49,7 @@ def test_a_new_guidance_scale_is_generated_alone(repo):
     factors = pd.read_csv(repo/'results'/'factors.csv')
     assert 'styles_g4' not in set(factors.curve)             # it has no point at the study's factor size
     edit(repo, lambda p: p['prompts']['sets']['styles'].update(templates=['a {weight} {name}']))
-    assert ran(sh('dvc repro prompts', repo)) == {'prepare', 'prompts'}
+    assert ran(sh('dvc repro prompts', repo)) == {'prepare', 'prompts@styles'}
     stale = set(json.loads(sh('dvc status --json', repo)))
     assert 'generate@styles_g4' in stale and 'generate@names_g2' not in stale
 
@@ -87,6 +88,30 @@ def test_a_filtered_and_a_merged_set_are_made_alone(repo):
     assert 0 < len(left) <= len(pd.read_parquet(repo/'sets'/'names_g2'/'manifest.parquet'))
     both = pd.read_parquet(repo/'sets'/'both'/'manifest.parquet')
     assert len(both[both.split == 'train']) == 120+40
+
+def test_prompts_that_a_model_writes_are_made_alone_and_generated_from(repo):
+    from synthscale.smoke import smoke_text_models
+    more = smoke_text_models()
+    def add(p):
+        p['models'] |= more['models']
+        p['prompts'] |= dict(written=more['written'], captions=more['captions'])
+        p['generate']['sources']['sentences_g2'] = {**p['generate']['sources']['names_g2'], 'prompts': 'sentences',
+                                                    'n_images': 40, 'curve': {}}
+    edit(repo, add)
+    new = {'prompts_written@sentences', 'prompts_captions@captioned', 'generate@sentences_g2'}
+    wanted = f"dvc repro {' '.join(new)}"
+    assert ran(sh(wanted, repo)) == {'prepare', 'models@mini_lm', 'models@mini_captioner', *new}
+    made = {n: (repo/'runs'/'prompts'/f'{n}.csv').read_bytes() for n in ('sentences', 'captioned')}
+    t = pd.read_csv(repo/'runs'/'prompts'/'sentences.csv', keep_default_na=False)
+    assert list(t) == ['class', 'label', 'prompt', 'origin', 'names_other'] and len(t) == 40
+    assert set(pd.read_parquet(repo/'sets'/'sentences_g2'/'manifest.parquet').prompt) <= set(t.prompt)
+    assert ran(sh(wanted, repo)) == set()
+    for n, before in made.items():
+        (repo/'runs'/'prompts'/f'{n}.csv').unlink()
+        sh(f'synthscale prompts -p name {n}', repo)
+        assert (repo/'runs'/'prompts'/f'{n}.csv').read_bytes() == before
+    edit(repo, lambda p: p['prompts']['written']['sentences'].update(per_class=5))
+    assert ran(sh(wanted, repo)) == {'prepare', 'prompts_written@sentences', 'generate@sentences_g2'}
 
 # ---- clones
 
@@ -351,7 +376,7 @@ def test_a_study_of_its_own(repo):
         p['laws'] = {}
     edit(d, less)
     stages = ran(sh('dvc repro', d))
-    assert stages == {'prepare', 'data@digits', 'prompts', 'classify@digits', *AGGREGATES}
+    assert stages == {'prepare', 'data@digits', 'classify@digits', *AGGREGATES}
     assert set(pd.read_csv(d/'results'/'curves.csv').study) == {'mine'}
     sh('dvc push -q && git add -A && git commit -qm mine', d)
     assert ran(sh('dvc repro', repo)) == set()
