@@ -17,7 +17,7 @@ from .study import Study, StudyError, nearest, write_csv
 # %% auto #0
 __all__ = ['recognizability', 'recognized', 'diversity', 'spread', 'share_interval', 'class_intervals', 'judged', 'class_scores',
            'references', 'equal_parts', 'distances', 'class_distances', 'repeated', 'duplicate_rate', 'looks', 'near',
-           'inspected', 'copies_of', 'score_set']
+           'copies_of', 'score_set']
 
 # %% ../nbs/05_quality.ipynb #844f0160
 def recognizability(labels,          # class each image was made for
@@ -54,7 +54,7 @@ def diversity(feats,           # n x d
             out[labels[here[0]]] = f[here].std(0).mean()
     return out
 
-# %% ../nbs/05_quality.ipynb #49efbea6
+# %% ../nbs/05_quality.ipynb #ab55b5e3
 def spread(feats,           # n x d
            labels,          # class of each
            named,           # class the evaluator names
@@ -66,7 +66,7 @@ def spread(feats,           # n x d
     return dict(diversity=diversity(feats, labels, n_classes, scale),
                 diversity_recognized=diversity(np.asarray(feats)[right], np.asarray(labels)[right], n_classes, scale))
 
-# %% ../nbs/05_quality.ipynb #d769d146
+# %% ../nbs/05_quality.ipynb #d4989c03
 def share_interval(p,                  # a share, or several
                    n,                  # of how many
                    level: float = .95  # of the interval
@@ -86,7 +86,7 @@ def class_intervals(measure,       # positions of images -> metric -> value of e
         return {k: np.append(v, v.mean()) for k, v in measure(i).items()}
     return bootstrap(with_mean, np.arange(len(labels)), n_boot=n_boot, seed=seed, strata=[labels])
 
-# %% ../nbs/05_quality.ipynb #a4b66ff3
+# %% ../nbs/05_quality.ipynb #04690302
 def judged(study: Study,  # the study
            which: str,    # real or in_domain
            images         # uint8, n x h x w x c
@@ -119,13 +119,13 @@ def class_scores(study: Study,  # the study
     shares = {f'recognized_{which}': (share, *share_interval(share, of))}
     return shares | class_intervals(measure, labels, study.quality.bootstrap, seed)
 
-# %% ../nbs/05_quality.ipynb #59365fc1
+# %% ../nbs/05_quality.ipynb #9faeec55
 def references(study: Study   # the study
               ) -> dict:      # what a reference is called -> (set, split)
     "What sets of images are compared with."
     return {'real': (study.classify.eval.set, 'train')}
 
-# %% ../nbs/05_quality.ipynb #e562714c
+# %% ../nbs/05_quality.ipynb #09c46633
 def equal_parts(labels,      # class of each image of one set, in the order in which they are to be taken
                 others,      # of another set
                 most: int    # images of each set at most
@@ -137,11 +137,12 @@ def equal_parts(labels,      # class of each image of one set, in the order in w
     return tuple(np.concatenate([np.zeros(0, int), *side]) for side in (zip(*some) if some else ((), ())))
 
 def distances(real,       # n x d features
-              generated   # n x d features
+              generated,  # n x d features
+              labels      # class of each real image, and of each generated one
              ) -> dict:   # metric -> value; NaN where there are too few images
-    "All metrics of generated against real images."
+    "All metrics of generated against as many real images of each class."
     rank = min(len(real), len(generated)) > np.shape(real)[1]
-    return dict(kernel_distance=kernel_distance(real, generated),
+    return dict(kernel_distance=kernel_distance(real, generated, (labels, labels)),
                 frechet_distance=frechet_distance(real, generated) if rank else np.nan,
                 **neighbour_metrics(real, generated))
 
@@ -158,10 +159,13 @@ def class_distances(real,            # features of real images
     i, j = equal_parts(labels, real_labels, most)
     generated, labels, real = generated[i], np.asarray(labels)[i], real[j]
     parts = [np.flatnonzero(labels == c) for c in range(n_classes)]+[np.arange(len(labels))]
-    each = [bootstrap(distances, real[p], generated[p], n_boot=n_boot, seed=seed, strata=[labels[p]]*2) for p in parts]
+
+    def measure(i, j):
+        return distances(real[i], generated[j], labels[i])
+    each = [bootstrap(measure, p, p, n_boot=n_boot, seed=seed, strata=[labels[p]]*2) for p in parts]
     return {k: tuple(np.array([e[k] for e in each]).T) for k in each[0]}, np.array([len(p) for p in parts])
 
-# %% ../nbs/05_quality.ipynb #58097542
+# %% ../nbs/05_quality.ipynb #440bfc8a
 def repeated(hashes    # of each image
             ) -> np.ndarray:
     "Which images repeat an earlier one."
@@ -172,7 +176,7 @@ def duplicate_rate(hashes    # of each image
     "Share of images that repeat an earlier one."
     return float(repeated(hashes).mean())
 
-# %% ../nbs/05_quality.ipynb #23eba3a6
+# %% ../nbs/05_quality.ipynb #46372a56
 _SMALL_SIDE = 16     # pixels: up to here images are compared as they are
 _SMALL_RMS = 8       # grey levels of 255: between a JPEG copy and the most similar other digit (see below)
 
@@ -197,11 +201,9 @@ def near(of,               # as `looks` gives it
             index.add(code, 0)
     return out
 
-# %% ../nbs/05_quality.ipynb #f21858d2
-def inspected(folder,        # sets/NAME
-              splits: list   # its splits
-             ):              # pixel hashes, looks
-    "What duplicates of images of some splits are recognised by."
+# %% ../nbs/05_quality.ipynb #7c9930f3
+def _inspected(folder, splits):
+    "Pixel hashes and looks of all images of some splits of a set."
     m = read_manifest(folder)
     every, hashes, seen = m.groupby('shard').key.apply(list).to_dict(), [], []
     for shard, rows in m[m.split.isin(splits)].groupby('shard', sort=False):
@@ -216,12 +218,12 @@ def copies_of(study: Study,  # the study
               images         # uint8, n x h x w x c
              ):              # exact, near: of each image; how many images were compared with
     "Which images are also in some splits of the set that the study tests on."
-    hashes, seen = inspected(study.set_dir(study.classify.eval.set), splits)
+    hashes, seen = _inspected(study.set_dir(study.classify.eval.set), splits)
     there = set(hashes)
     exact = np.array([h in there for h in pixel_hash(images)])
     return exact, near(looks(images), seen, study.data.near_bits), len(hashes)
 
-# %% ../nbs/05_quality.ipynb #a69f47d6
+# %% ../nbs/05_quality.ipynb #a0322dff
 _COLUMNS = ['class', 'metric', 'value', 'n', 'n_reference', 'ci_lo', 'ci_hi', 'network', 'reference', 'note']
 _AT_LEAST_0 = ('frechet_distance', 'density', 'diversity', 'diversity_recognized')
 _SHARES = ('precision', 'recall', 'coverage', 'recognizability_real', 'recognizability_in_domain')
@@ -248,7 +250,7 @@ def _judged_rows(study, which, found, labels, counts, seed):
     return [_rows(study, scores, counts, network=found['network']),
             _rows(study, split, np.append(right, right.sum()), network=found['network'])]
 
-# %% ../nbs/05_quality.ipynb #6eb79367
+# %% ../nbs/05_quality.ipynb #96d9658c
 def _per_class(yes, labels, n):
     "Shares of the images of each class, and of all."
     made = np.bincount(labels, minlength=n)
@@ -283,7 +285,7 @@ def _distance_rows(study, name, split, found, labels, balance, counts, seed):
         m = read_manifest(folder).query('split == @part')
         if not len(m) or (set_, part) == (name, split):
             none = np.full(n+1, np.nan)
-            empty = {k+suffix: (none, none, none) for k in distances(np.zeros((0, 1)), np.zeros((0, 1)))}
+            empty = {k+suffix: (none, none, none) for k in distances(*np.zeros((2, 0, 1)), [])}
             note = 'the reference itself' if len(m) else f'set {set_} has no split {part}'
             out.append(_rows(study, empty, counts, network=found['network'], note=note))
             continue
@@ -295,7 +297,7 @@ def _distance_rows(study, name, split, found, labels, balance, counts, seed):
                          f'{set_}: {part}'))
     return out
 
-# %% ../nbs/05_quality.ipynb #413ee052
+# %% ../nbs/05_quality.ipynb #e67c15c4
 def score_set(study: Study,  # the study
               name: str      # of a set that is scored
              ) -> pd.DataFrame:    # set, class, metric, value, n, n_reference, ci_lo, ci_hi, network, reference, note
