@@ -231,6 +231,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'synthscale/feature_metrics.py'),
                                             'synthscale.feature_metrics._covariance': ( 'feature_metrics.html#_covariance',
                                                                                         'synthscale/feature_metrics.py'),
+                                            'synthscale.feature_metrics._factor': ( 'feature_metrics.html#_factor',
+                                                                                    'synthscale/feature_metrics.py'),
                                             'synthscale.feature_metrics._features': ( 'feature_metrics.html#_features',
                                                                                       'synthscale/feature_metrics.py'),
                                             'synthscale.feature_metrics._halves': ( 'feature_metrics.html#_halves',
