@@ -8,8 +8,8 @@ from statistics import NormalDist
 import numpy as np
 import pandas as pd
 from .curves import scored_sets
-from .feature_metrics import (bootstrap, frechet_distance, kernel_distance, nearest_squares,
-                                        neighbour_metrics)
+from .feature_metrics import (bootstrap, check_features, frechet_distance, kernel_distance,
+                                        nearest_squares, neighbour_metrics)
 from .pixels import NearHashes, difference_hash, pixel_hash
 from .shards import by_class, load_set, order_of, read_manifest, read_shard, subset
 from .study import Study, StudyError, nearest, write_csv
@@ -54,7 +54,7 @@ def diversity(feats,           # n x d
             out[labels[here[0]]] = f[here].std(0).mean()
     return out
 
-# %% ../nbs/05_quality.ipynb #c3bc194f
+# %% ../nbs/05_quality.ipynb #f04f27a1
 def spread(feats,           # n x d
            labels,          # class of each
            named,           # class the evaluator names
@@ -66,7 +66,7 @@ def spread(feats,           # n x d
     return dict(diversity=diversity(feats, labels, n_classes, scale),
                 diversity_recognized=diversity(np.asarray(feats)[right], np.asarray(labels)[right], n_classes, scale))
 
-# %% ../nbs/05_quality.ipynb #fb07e41e
+# %% ../nbs/05_quality.ipynb #3b859676
 def share_interval(p,                  # a share, or several
                    n,                  # of how many
                    level: float = .95  # of the interval
@@ -86,7 +86,7 @@ def class_intervals(measure,       # positions of images -> metric -> value of e
         return {k: np.append(v, v.mean()) for k, v in measure(i).items()}
     return bootstrap(with_mean, np.arange(len(labels)), n_boot=n_boot, seed=seed, strata=[labels])
 
-# %% ../nbs/05_quality.ipynb #bd7a0ae9
+# %% ../nbs/05_quality.ipynb #cb3931e0
 def judged(study: Study,  # the study
            which: str,    # real or in_domain
            images         # uint8, n x h x w x c
@@ -119,13 +119,13 @@ def class_scores(study: Study,  # the study
     shares = {f'recognized_{which}': (share, *share_interval(share, of))}
     return shares | class_intervals(measure, labels, study.quality.bootstrap, seed)
 
-# %% ../nbs/05_quality.ipynb #c6dced57
+# %% ../nbs/05_quality.ipynb #93fb4f94
 def references(study: Study   # the study
               ) -> dict:      # what a reference is called -> (set, split)
     "What sets of images are compared with."
     return {'real': (study.classify.eval.set, 'train')}
 
-# %% ../nbs/05_quality.ipynb #c8543cec
+# %% ../nbs/05_quality.ipynb #18f64bc0
 def equal_parts(labels,      # class of each image of one set, in the order in which they are to be taken
                 others,      # of another set
                 most: int    # images of each set at most
@@ -157,6 +157,7 @@ def class_distances(real,            # features of real images
                    ):                # metric -> (values, lo, hi): of each class, and last of all images; images of each
     "Distances of equally many generated and real images, of each class and of all."
     i, j = equal_parts(labels, real_labels, most)
+    real, generated = check_features(real, generated)
     generated, labels, real = generated[i], np.asarray(labels)[i], real[j]
     parts = [np.flatnonzero(labels == c) for c in range(n_classes)]+[np.arange(len(labels))]
 
@@ -165,7 +166,7 @@ def class_distances(real,            # features of real images
     each = [bootstrap(measure, p, p, n_boot=n_boot, seed=seed, strata=[labels[p]]*2) for p in parts]
     return {k: tuple(np.array([e[k] for e in each]).T) for k in each[0]}, np.array([len(p) for p in parts])
 
-# %% ../nbs/05_quality.ipynb #2ee27f36
+# %% ../nbs/05_quality.ipynb #fd7517b8
 def repeated(hashes    # of each image
             ) -> np.ndarray:
     "Which images repeat an earlier one."
@@ -176,7 +177,7 @@ def duplicate_rate(hashes    # of each image
     "Share of images that repeat an earlier one."
     return float(repeated(hashes).mean())
 
-# %% ../nbs/05_quality.ipynb #c12088e5
+# %% ../nbs/05_quality.ipynb #6e6e3392
 _SMALL_SIDE = 16     # pixels: up to here images are compared as they are
 _SMALL_RMS = 8       # grey levels of 255: between a JPEG copy and the most similar other digit (see below)
 
@@ -201,7 +202,7 @@ def near(of,               # as `looks` gives it
             index.add(code, 0)
     return out
 
-# %% ../nbs/05_quality.ipynb #6955bc20
+# %% ../nbs/05_quality.ipynb #5d7d3962
 def _inspected(folder, splits):
     "Pixel hashes and looks of all images of some splits of a set."
     m = read_manifest(folder)
@@ -223,7 +224,7 @@ def copies_of(study: Study,  # the study
     exact = np.array([h in there for h in pixel_hash(images)])
     return exact, near(looks(images), seen, study.data.near_bits), len(hashes)
 
-# %% ../nbs/05_quality.ipynb #dfc7e148
+# %% ../nbs/05_quality.ipynb #d99d1cd8
 _COLUMNS = ['class', 'metric', 'value', 'n', 'n_reference', 'ci_lo', 'ci_hi', 'network', 'reference', 'note']
 _AT_LEAST_0 = ('frechet_distance', 'density', 'diversity', 'diversity_recognized')
 _SHARES = ('precision', 'recall', 'coverage', 'recognizability_real', 'recognizability_in_domain')
@@ -250,7 +251,7 @@ def _judged_rows(study, which, found, labels, counts, seed):
     return [_rows(study, scores, counts, network=found['network']),
             _rows(study, split, np.append(right, right.sum()), network=found['network'])]
 
-# %% ../nbs/05_quality.ipynb #fb5778f4
+# %% ../nbs/05_quality.ipynb #cfd4f03d
 def _per_class(yes, labels, n):
     "Shares of the images of each class, and of all."
     made = np.bincount(labels, minlength=n)
@@ -297,7 +298,7 @@ def _distance_rows(study, name, split, found, labels, balance, counts, seed):
                          f'{set_}: {part}'))
     return out
 
-# %% ../nbs/05_quality.ipynb #516114b9
+# %% ../nbs/05_quality.ipynb #8972f6e2
 def score_set(study: Study,  # the study
               name: str      # of a set that is scored
              ) -> pd.DataFrame:    # set, class, metric, value, n, n_reference, ci_lo, ci_hi, network, reference, note
