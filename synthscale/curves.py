@@ -235,6 +235,8 @@ class QualitySection(Section):
     real_evaluator: Ident = ''       # trained on real images: measures the domain gap; empty: not scored by one
     in_domain_evaluator: Ident = ''  # trained on artificial images: measures whether the concept is there; empty: none
     balance: _Balance = 'equal'      # as many images of each class; own: the class shares of the set itself
+    n_compared: Positive = 2000      # images of a set, and as many real ones, of which distances are taken at most
+    bootstrap: Count = 200           # halves of the images that intervals are taken from; 0: no intervals
     sets: dict[Key, ScoredSet] = {}
 
 def scored_sets(study: Study    # the study
