@@ -15,7 +15,7 @@ from .study import StudyError
 # %% auto #0
 __all__ = ['PARTS', 'ALPHA', 'CELL', 'METRICS_FITTED', 'slope_weights', 'Contrast', 'contrast', 'paired', 'satterthwaite',
            'banerjee', 'effect', 'verdict', 'type_verdict', 'holm', 'read_images', 'image_losses', 'check_images',
-           'run_contrast']
+           'run_contrast', 'whole_sizes', 'slope_rows', 'shared_sizes']
 
 # %% ../nbs/07j_components.ipynb #401016e8
 def slope_weights(n    # sizes, at least two different ones
@@ -58,10 +58,12 @@ def paired(a: Contrast,     # one arm
                             f'{a.influence.shape[1]} as of the other: the same test set')
     return Contrast(tuple(shared), a.value[i]-b.value[j], a.influence[i]-b.influence[j] if known else None)
 
-# %% ../nbs/07j_components.ipynb #546e831e
+# %% ../nbs/07j_components.ipynb #3c54845e
 def _arm_part(arm, generators):
     "An arm: its mean, the variance of that mean with its degrees of freedom, and the part of the seeds alone."
-    means, count = np.array([c.value.mean() for c in arm]), np.array([len(c.value) for c in arm])
+    count = np.array([len(c.value) for c in arm])
+    if not count.all(): raise StudyError('no seed has been run at every size that is compared, expected one or more')
+    means = np.array([c.value.mean() for c in arm])
     within, df = sum(((c.value-c.value.mean())**2).sum() for c in arm), int((count-1).sum())
     seeds = within/df*(1/count).sum()/len(arm)**2 if df else np.nan
     if len(arm) == 1 or not generators: return means.mean(), seeds, df, seeds
@@ -83,7 +85,8 @@ def satterthwaite(parts    # (variance, degrees of freedom) of independent terms
     "Degrees of freedom of the sum of the variances."
     total = sum(v for v, _ in parts)
     below = sum(v**2/df for v, df in parts if v)
-    return float(total**2/below) if below else float(min(df for _, df in parts))
+    if below: return float(total**2/below)
+    return float(min((df for v, df in parts if v), default=min(df for _, df in parts)))
 
 def banerjee(parts,      # as for `satterthwaite`
              level=.95   # coverage wanted
@@ -133,7 +136,7 @@ def effect(plus,               # an arm: a contrast of each of its generators
                 n_seeds=min(sum(len(c.value) for c in a) for a in arms), n_test=n_test,
                 n_generators=min(several, default=1))
 
-# %% ../nbs/07j_components.ipynb #b13328f9
+# %% ../nbs/07j_components.ipynb #9dd85845
 ALPHA = .05        # level of every verdict: intervals are 95 %
 
 def verdict(e: dict,              # as `effect` gives it
@@ -147,15 +150,17 @@ def verdict(e: dict,              # as `effect` gives it
 def type_verdict(plus,               # contrasts of the models of one kind
                  minus,              # those of the other kind
                  p: float = None,    # of these models, adjusted; default: as it is
+                 both=True,          # whether both arms are generators; else an arm of one contrast is none
                  level=.95           # coverage wanted
                 ) -> dict:           # verdict, models, beyond; these, kinds: as `effect` gives them
     "What may be said of two kinds of generator: 'these models' or 'not shown', and on how many models it rests."
     these = effect(plus, minus, level, generators=False)
-    kinds = effect(plus, minus, level, borrow=True)
+    kinds = effect(plus, minus, level, borrow=both)
     beyond = 'unknown'
     if 'generators' in kinds['covers']:
         beyond = 'yes' if kinds['p'] < ALPHA else 'no'
-    return dict(verdict=verdict(these, ('these models', 'these models'), p), models=f'{len(plus)} and {len(minus)}',
+    count = ['-' if not both and len(a) == 1 else len(a) for a in (plus, minus)]
+    return dict(verdict=verdict(these, ('these models', 'these models'), p), models=f'{count[0]} and {count[1]}',
                 beyond=beyond, these=these, kinds=kinds)
 
 # %% ../nbs/07j_components.ipynb #723fc81c
@@ -227,3 +232,32 @@ def run_contrast(rows: pd.DataFrame,    # as in curves.csv: one test set and met
     if not all(k in by_run for line in keys for k in line): return simple
     known = contrast([[by_run[k] for k in line] for line in keys], weight, wide.index)
     return Contrast(simple.seeds, simple.value, known.influence)
+
+# %% ../nbs/07j_components.ipynb #f419c603
+def whole_sizes(df: pd.DataFrame,   # rows of one curve, test set and metric with a column n
+                name=''             # of the curve, for errors
+               ):                   # the rows at sizes that all seeds have, the sizes left out
+    "The part of a curve that all of its seeds have; a seed with one size does not count where another has more."
+    sizes = df.groupby('seed').n.nunique()
+    runs = df[df.seed.isin(sizes.index[sizes > 1])]
+    if not len(runs): return df, []
+    count = runs.groupby('n').seed.nunique()
+    whole = count.index[count == count.max()]
+    if count.max() < runs.seed.nunique() or len(whole) < 2:
+        each = ', '.join(f'{n:g} ({k})' for n, k in count.items())
+        raise StudyError(f"curve {name!r}: its {runs.seed.nunique()} seeds have fewer than two sizes in common, which "
+                         f"gives no exponent; its sizes, with the number of seeds: {each}")
+    return runs[runs.n.isin(whole)], sorted(set(df.n)-set(whole))
+
+def slope_rows(df: pd.DataFrame,    # rows of one curve, test set and metric with a column n
+               sign=1               # -1: of the curve that is subtracted
+              ) -> pd.DataFrame:
+    "The rows with the weights of the exponent, for `run_contrast`."
+    keys = [c for c in (*CELL, 'n') if c in df]
+    cells = df[keys].drop_duplicates()
+    return df.merge(cells.assign(weight=sign*slope_weights(cells.n)), on=keys)
+
+def shared_sizes(*curves    # rows of each, as `whole_sizes` gives them
+                ) -> list:
+    "The sizes that all of them have, in order."
+    return sorted(set.intersection(*(set(g.n) for g in curves)))
