@@ -17,7 +17,7 @@ from .components import (METRICS_FITTED, Contrast, check_images, effect, holm, i
 from .exchange import crossover, equivalent, exchange_rate, fit_mixture, marginal
 from .forecast import Forecast, forecast, make_curve
 from .own import own_pairs, own_table, say
-from .primary import PRIMARY, PrimaryComparison, primary_table
+from .primary import PrimaryComparison, primary_table
 from .results import check_complete, read_curves, t_interval
 from .curves import curves_of
 from .study import Ident, Positive, Section, Study, StudyError, nearest, write_csv
@@ -110,7 +110,7 @@ def fit_curve(df: pd.DataFrame,     # rows of one curve, test set and metric wit
 
 def _words(sizes):
     "Sizes as words."
-    return ' '.join(f'{n:g}' for n in sizes)
+    return ' '.join(f'{n:g}' for n in sizes) or '-'
 
 # %% ../nbs/08_laws.ipynb #93b2c950
 def compare_slopes(a: pd.Series,  # seed -> k of one curve
@@ -380,7 +380,7 @@ def _law(g, name, by_run):
         return dict(law='power', n_points=0, n_seeds=0, n_test=0, left_out=f'{_words(zero)} (value 0)'), None
     law = fit_curve(kept, name, by_run)
     if zero:
-        law['left_out'] = f"{law['left_out']} {_words(zero)} (value 0)".strip()
+        law['left_out'] = f"{law['left_out']} {_words(zero)} (value 0)".removeprefix('- ')
     return law, whole_sizes(kept, name)[0]
 
 def fit_table(df: pd.DataFrame,        # rows as read_curves gives them
@@ -619,7 +619,7 @@ def fit_study(study: Study   # the study
     forecasts, diagnostics = forecast_table(n, ranges)
     class_laws, relations, groups = _study_classes(study)
     tables = dict(laws=laws, comparisons=comparisons, local_slopes=pd.concat(slopes, ignore_index=True),
-                  primary=primary_table(l.primary, n, ranges, by_run, l.metric), added_data=gains,
+                  primary=primary_table(l.primary, loss.assign(n=n.n), ranges, by_run, l.metric), added_data=gains,
                   model_selection=selection_table(loss, selections, study.classify.eval.validation),
                   forecasts=forecasts, diagnostics=diagnostics, exchange=exchange_table(n, l.compare),
                   crossovers=crossover_table(n, l.compare), mixtures=mixture_table(loss),
