@@ -217,23 +217,26 @@ def check_images(images: pd.DataFrame,  # as `read_images` gives it
     raise StudyError.at(f"{path}: mean loss of {r[keys].to_dict()}", float(f"{r['mean']:.6g}"),
                         f'{r.value:.6g} as in curves.csv; the file is of other runs, dvc repro results makes it anew')
 
-# %% ../nbs/07j_components.ipynb #a1394d1c
+# %% ../nbs/07j_components.ipynb #b2750928
 def run_contrast(rows: pd.DataFrame,    # as in curves.csv: one test set and metric, values above 0, and a column weight
                  by_run: dict = None    # as `image_losses` gives it
                 ) -> Contrast:
     "The weighted sum of log losses of each seed that has all cells, with the influences of images where known."
-    cells = [c for c in (*CELL, 'n') if c in rows]
-    wide = rows.pivot(index='seed', columns=cells, values='value').dropna()
-    weight = rows.drop_duplicates(cells).set_index(cells).weight.reindex(wide.columns).to_numpy()
-    simple = contrast(wide.to_numpy(), weight, wide.index)
-    if not by_run or not len(wide) or not set(CELL) <= set(cells): return simple
+    names, rows = [c for c in (*CELL, 'n') if c in rows], rows[rows.value.notna()]
+    cell = list(zip(*(rows[c] for c in names)))
+    weight, value = dict(zip(cell, rows.weight)), dict(zip(zip(rows.seed, cell), rows.value))
+    if len(value) < len(rows): raise StudyError(f"{len(rows)-len(value)} rows repeat a seed at one size: {names}")
+    seeds = [s for s in sorted(set(rows.seed)) if all((s, c) in value for c in weight)]
+    losses, w = np.array([[value[s, c] for c in weight] for s in seeds]).reshape(-1, len(weight)), list(weight.values())
+    simple = contrast(losses, w, seeds)
+    if not by_run or not seeds or not set(CELL) <= set(names): return simple
     test = rows.test_set.iloc[0]
-    keys = [[(*cell[:len(CELL)], seed, test) for cell in wide.columns] for seed in wide.index]
+    keys = [[(*c[:len(CELL)], s, test) for c in weight] for s in seeds]
     if not all(k in by_run for line in keys for k in line): return simple
-    known = contrast([[by_run[k] for k in line] for line in keys], weight, wide.index)
+    known = contrast([[by_run[k] for k in line] for line in keys], w, seeds)
     return Contrast(simple.seeds, simple.value, known.influence)
 
-# %% ../nbs/07j_components.ipynb #f419c603
+# %% ../nbs/07j_components.ipynb #407d7213
 def whole_sizes(df: pd.DataFrame,   # rows of one curve, test set and metric with a column n
                 name=''             # of the curve, for errors
                ):                   # the rows at sizes that all seeds have, the sizes left out
@@ -254,8 +257,8 @@ def slope_rows(df: pd.DataFrame,    # rows of one curve, test set and metric wit
               ) -> pd.DataFrame:
     "The rows with the weights of the exponent, for `run_contrast`."
     keys = [c for c in (*CELL, 'n') if c in df]
-    cells = df[keys].drop_duplicates()
-    return df.merge(cells.assign(weight=sign*slope_weights(cells.n)), on=keys)
+    n = df.n[~df.duplicated(keys)]
+    return df.assign(weight=df.n.map(dict(zip(n, sign*slope_weights(n)))))
 
 def shared_sizes(*curves    # rows of each, as `whole_sizes` gives them
                 ) -> list:
