@@ -8,10 +8,11 @@ import warnings
 import numpy as np
 import pandas as pd
 from scipy import stats
+from .components import banerjee, satterthwaite, whole_sizes
 from .study import StudyError
 
 # %% auto #0
-__all__ = ['EASY', 'POOR', 'fit_classes', 'relate']
+__all__ = ['EASY', 'POOR', 'EASY_RECALL', 'POOR_RECALL', 'LEAST_GAIN', 'fit_classes', 'class_groups', 'relate']
 
 # %% ../nbs/07f_classes.ipynb #52565dee
 EASY = .5       # share of the mean class's loss at the smallest size that an easy class is below
@@ -74,6 +75,49 @@ def fit_classes(df: pd.DataFrame   # rows with class, n, seed, value (loss above
                    sd_intercept=float(np.sqrt(max(fit.cov_re.iloc[0, 0], 0))),
                    residual=float(np.sqrt(fit.scale)), converged=bool(fit.converged))
     return t
+
+# %% ../nbs/07f_classes.ipynb #d2ae32b0
+EASY_RECALL, POOR_RECALL, LEAST_GAIN = .8, .5, .1       # ours
+
+def _of_images(recall, n_test):
+    "The variance of a recall that its test images give."
+    p = (recall*n_test+2)/(n_test+4)
+    return p*(1-p)/(n_test+4)
+
+def _recall_limits(values, images):
+    "The mean over seeds and its 95 % limits, with the variance that images add; without limits for one seed."
+    m, n = values.mean(), len(values)
+    if n < 2: return m, np.nan, np.nan
+    parts = [(values.var(ddof=1)/n, n-1), (images, 1e6)]
+    df = (banerjee if n == 2 else satterthwaite)(parts)
+    h = stats.t.ppf(.975, df)*np.sqrt(sum(v for v, _ in parts))
+    return m, m-h, m+h
+
+def _group(small, large, gain):
+    "The group of a class from (value, lower, upper) of three numbers."
+    if small[1] >= EASY_RECALL: return 'easy'
+    if gain[1] > LEAST_GAIN and small[2] < EASY_RECALL: return 'scaling'
+    if large[2] <= POOR_RECALL and gain[2] <= LEAST_GAIN: return 'poor'
+    return 'undecided'
+
+_GROUPS = ['class', 'n_lo', 'n_hi', 'recall_small', 'small_lo', 'small_hi', 'recall_large', 'large_lo', 'large_hi',
+           'gain', 'gain_lo', 'gain_hi', 'n_seeds', 'n_test', 'group']
+
+def class_groups(df: pd.DataFrame   # rows with class, n, seed, value (a recall) and n_test: one curve, one test set
+                ) -> pd.DataFrame:  # a row each class: recall at both ends and the gain, with limits, and the group
+    "Which classes are easy, scaling or poor, at 95 % each, or undecided; ours, in the paper's three words."
+    rows = []
+    for c, g in df.groupby('class', sort=False):
+        g, _ = whole_sizes(g, c)
+        ends = (g.n.min(), g.n.max())
+        at = g.pivot(index='seed', columns='n', values='value')[list(ends)].dropna()
+        n_test = int(g.n_test.min())
+        low, high = (at[n].to_numpy() for n in ends)
+        images = [_of_images(v.mean(), n_test) for v in (low, high)]
+        small, large = (_recall_limits(v, i) for v, i in zip((low, high), images))
+        gain = _recall_limits(high-low, sum(images))
+        rows.append((c, *ends, *small, *large, *gain, len(at), n_test, _group(small, large, gain)))
+    return pd.DataFrame(rows, columns=_GROUPS)
 
 # %% ../nbs/07f_classes.ipynb #1e77e845
 def relate(classes: pd.DataFrame,   # as fit_classes gives it

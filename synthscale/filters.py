@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 from tqdm import tqdm
+from .evaluators import load_judge
 from .pixels import NearHashes, difference_hash, pixel_hash
 from .shards import (by_class, check_set, encode_png, read_manifest, read_shard, replace_folder, sample_grid,
                                write_manifest)
@@ -33,14 +34,13 @@ class FilterSpec(Section):
 FiltersSection = dict[Key, FilterSpec]
 
 # %% ../nbs/04c_filters.ipynb #8f40e0ea
-def confidence(net,      # an evaluator
+def confidence(judge,    # an evaluator, as `load_judge` gives it
                images,   # uint8, n x h x w x c
                labels    # class each was made for
               ) -> np.ndarray:    # n, 0 to 1
     "The probability that an evaluator gives each image's class."
     import torch
-    from synthscale.train import logits
-    p = torch.softmax(torch.as_tensor(logits(net, images)).double(), 1).numpy()
+    p = torch.softmax(torch.as_tensor(judge.logits(images)).double(), 1).numpy()
     return p[np.arange(len(labels)), labels]
 
 # %% ../nbs/04c_filters.ipynb #38d76d2f
@@ -77,7 +77,7 @@ def repeats(pixels: list,  # pixel_hash of each image
 # %% ../nbs/04c_filters.ipynb #c9271c30
 def inspect_images(folder,             # sets/NAME
                    m: pd.DataFrame,    # its manifest
-                   net,                # an evaluator
+                   judge,              # an evaluator, as `load_judge` gives it
                    near: bool          # whether shapes are needed
                   ):                   # confidence of each image, its pixel_hash, its difference_hash
     "What a filter needs to know of each image, shard by shard: a set need not fit into memory."
@@ -85,7 +85,7 @@ def inspect_images(folder,             # sets/NAME
     for shard, rows in tqdm(m.groupby('shard', sort=False), desc='inspect', unit='shard'):
         found = read_shard(folder/shard, rows, every=rows.key)
         images = np.stack([found[k] for k in rows.key])
-        p.append(confidence(net, images, rows.label.to_numpy()))
+        p.append(confidence(judge, images, rows.label.to_numpy()))
         pixels += pixel_hash(images)
         if near:
             shapes.append(difference_hash(images))
@@ -120,12 +120,11 @@ def filter_set(study: Study,   # the study
                name: str       # under filters
               ) -> pd.DataFrame:    # the manifest
     "Make sets/NAME from the shards of another set, without what the filter leaves out."
-    from synthscale.train import load_net
     if name not in study.filters: raise StudyError(f"no filter {name!r} under filters{nearest(name, study.filters)}")
     spec, classes = study.filters[name], study.study.classes
     origin, evaluator = study.set_dir(spec.set), study.path('evaluators', spec.evaluator)
     m = read_manifest(origin)
-    m['confidence'], pixels, shapes = inspect_images(origin, m, load_net(evaluator)[0], spec.duplicates == 'near')
+    m['confidence'], pixels, shapes = inspect_images(origin, m, load_judge(evaluator), spec.duplicates == 'near')
     m['confidence'] = m.confidence.round(6)
     of = np.full(len(m), -1)
     if spec.duplicates != 'keep':

@@ -12,6 +12,7 @@ from .generate import source_spec
 from .laws import fit_ranges
 from .backbones import BackboneSpec, backbone_faults, class_indices, own_names
 from .models import HubFiles, HubSpec, LocalSpec, task_of
+from .primary import primary_problems
 from .prompts import check_caption_split
 from .report import labels_of
 from .study import SECTIONS, Study, StudyError, file_sha256, nearest
@@ -461,6 +462,9 @@ def _check_laws(c):
         c.ref('laws.compare', n, fitted, 'curve of one set, or under laws.fit_range')
     for n, (lo, hi) in laws.fit_range.items():
         c.unless(lo < hi, f'laws.fit_range.{n}', [lo, hi], '[smallest, largest]')
+    sizes = {n: k.sizes for n, k in curves.items()}
+    for text in primary_problems(laws.primary, sizes, c.study.classify.eval.every):
+        c.say(text)
     for n, m in laws.model_selection.items():
         key = f'laws.model_selection.{n}'
         c.ref(f'{key}.selected', m.selected, m.among, 'curve among these')

@@ -8,6 +8,7 @@ from statistics import NormalDist
 import numpy as np
 import pandas as pd
 from .curves import scored_sets
+from .evaluators import load_judge
 from .feature_metrics import (bootstrap, check_features, frechet_distance, kernel_distance,
                                         nearest_squares, neighbour_metrics)
 from .pixels import NearHashes, difference_hash, pixel_hash
@@ -92,13 +93,13 @@ def judged(study: Study,  # the study
            images         # uint8, n x h x w x c
           ) -> dict:      # network: its name; named: class of each image; feats: n x d; scale of each feature
     "What one evaluator of a study finds in images."
-    from synthscale.train import features, load_net, logits
     network, classes = getattr(study.quality, f'{which}_evaluator'), list(study.study.classes)
-    net, config = load_net(study.path('evaluators', network))
+    judge = load_judge(study.path('evaluators', network))
+    config = judge.config
     if config['classes'] != classes:
         raise StudyError.at(f'evaluators/{network}/config.json: classes', config['classes'],
                             f'the classes of the study in their order, {", ".join(classes)}')
-    return dict(network=network, named=logits(net, images).argmax(1).numpy(), feats=features(net, images),
+    return dict(network=network, named=judge.logits(images).argmax(1).numpy(), feats=judge.features(images),
                 scale=np.array(config.get('feature_std', 1.))+1e-6)
 
 def class_scores(study: Study,  # the study
