@@ -609,7 +609,7 @@ def fit_study(study: Study   # the study
     if images is not None:
         check_images(images, df, study.path('results', 'images.parquet'))
     metrics = [l.metric, *(m for m in METRICS_FITTED if m != l.metric)]
-    fits = [fit_table(df, ranges, l.x, l.compare, m, images, l.primary) for m in metrics]
+    fits = [fit_table(df, ranges, l.x, l.compare, m, images, l.primary if m == l.metric else ()) for m in metrics]
     laws, comparisons = (pd.concat(tables, ignore_index=True) for tables in zip(*fits))
     slopes = [local_table(with_n(measured(df, m), l.x), ranges, image_losses(images, m)) for m in metrics]
     loss, by_run = positive(measured(df, l.metric)), image_losses(images, l.metric)
