@@ -123,8 +123,10 @@ def class_scores(study: Study,  # the study
 # %% ../nbs/05_quality.ipynb #93fb4f94
 def references(study: Study   # the study
               ) -> dict:      # what a reference is called -> (set, split)
-    "What sets of images are compared with."
-    return {'real': (study.classify.eval.set, 'train')}
+    "What sets of images are compared with: the real training images and, where it is another set, the generators' own."
+    e = study.classify.eval
+    other = {'in_domain': (e.in_domain_set, 'train')} if e.in_domain_set != e.set else {}
+    return {'real': (e.set, 'train')} | other
 
 # %% ../nbs/05_quality.ipynb #18f64bc0
 def equal_parts(labels,      # class of each image of one set, in the order in which they are to be taken
