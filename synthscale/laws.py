@@ -14,6 +14,7 @@ from .checks import check_curve, next_run
 from .classes import class_groups, fit_classes, relate
 from .components import (METRICS_FITTED, Contrast, check_images, effect, holm, image_losses, paired,
                                    read_images, run_contrast, shared_sizes, slope_rows, verdict, whole_sizes)
+from .damage import class_changes, damage_effects, damaged_pairs
 from .exchange import crossover, equivalent, exchange_rate, fit_mixture, marginal
 from .forecast import Forecast, forecast, make_curve
 from .own import own_pairs, own_table, say
@@ -182,21 +183,26 @@ def equivalent_images(df: pd.DataFrame,  # rows as in curves.csv
     return out | dict(ci_lo=float(np.exp(lo)), ci_hi=float(np.exp(hi)))
 
 # %% ../nbs/08_laws.ipynb #96b72e50
-_ADDED = ['curve', 'test_set', 'n_real', 'n_synthetic', 'ratio', 'ci_lo', 'ci_hi', 'n_seeds', 'verdict', 'df', 'covers',
-          'p']
+_ADDED = ['curve', 'against', 'test_set', 'n_real', 'n_synthetic', 'ratio', 'ci_lo', 'ci_hi', 'n_seeds', 'verdict',
+          'df', 'covers', 'p']
 
-def added_data_ratio(df: pd.DataFrame, # rows with n_real and n_synthetic
-                     by_run=None       # losses of single images, as `image_losses` gives them
+def added_data_ratio(df: pd.DataFrame,     # rows with n_real and n_synthetic
+                     by_run=None,          # losses of single images, as `image_losses` gives them
+                     as_long: dict = None  # curve -> the curve of the real images alone, trained as long
                     ) -> pd.DataFrame:
-    "Ratio of the loss with n_synthetic added images to that of the real ones alone, for every curve that holds both."
-    rows = []
-    for (c, t, r), g in df.groupby(['curve', 'test_set', 'n_real'], sort=False):
-        alone = g[g.n_synthetic == 0].assign(weight=-1)
+    """Ratio of the loss with n_synthetic added images to that of the real ones alone, for every curve that holds both:
+    against its own points without added images, and against those trained as long as the mixture."""
+    rows, controls = [], {c: dict.fromkeys([c, (as_long or {}).get(c, c)]) for c in df.curve.unique()}
+    cells = [(*k, other, g) for k, g in df.groupby(['curve', 'test_set', 'n_real'], sort=False)
+             for other in controls[k[0]]]
+    for c, t, r, other, g in cells:
+        same = (df.curve == other) & (df.test_set == t) & (df.n_real == r) & (df.n_synthetic == 0)
+        alone = df[same].assign(weight=-1)
         if r == 0: continue
         for n, m in g[g.n_synthetic > 0].groupby('n_synthetic'):
             if not set(m.seed) & set(alone.seed): continue                # no seed with and without
             e = effect([run_contrast(pd.concat([m.assign(weight=1), alone]), by_run)])
-            rows.append(dict(curve=c, test_set=t, n_real=r, n_synthetic=n, ratio=np.exp(e['estimate']),
+            rows.append(dict(curve=c, against=other, test_set=t, n_real=r, n_synthetic=n, ratio=np.exp(e['estimate']),
                              ci_lo=np.exp(e['ci_lo']), ci_hi=np.exp(e['ci_hi']), n_seeds=e['n_seeds'],
                              verdict=verdict(e, ('hurts', 'helps')), df=e['df'], covers=e['covers'], p=e['p']))
     return pd.DataFrame(rows, columns=_ADDED)
@@ -419,7 +425,7 @@ def _declared(table, primary, kind, keys=('a', 'b', 'test_set')):
 
 def _key(p, column):
     "What a declared comparison has in a column of a table."
-    if column == 'curve': return p.a if p.a == p.b else None      # a row of added_data.csv has both arms on one curve
+    if column in ('curve', 'against'): return p.a if column == 'curve' else p.b
     return p.n[column == 'n_synthetic'] if column.startswith('n_') else getattr(p, column)
 
 # %% ../nbs/08_laws.ipynb #a4e2dadb
@@ -613,8 +619,9 @@ def fit_study(study: Study   # the study
     laws, comparisons = (pd.concat(tables, ignore_index=True) for tables in zip(*fits))
     slopes = [local_table(with_n(measured(df, m), l.x), ranges, image_losses(images, m)) for m in metrics]
     loss, by_run = positive(measured(df, l.metric)), image_losses(images, l.metric)
-    n, gains = with_n(loss, l.x), added_data_ratio(loss, by_run)
-    gains = adjusted(gains, _declared(gains, l.primary, 'gain', ('curve', 'test_set', 'n_real', 'n_synthetic')))
+    as_long = {c: spec.as_long for c, spec in curves_of(study).items() if spec.as_long}
+    n, gains = with_n(loss, l.x), added_data_ratio(loss, by_run, as_long)
+    gains = adjusted(gains, _declared(gains, l.primary, 'gain', _ADDED[:5]))
     selections = {k: (c.among, c.n_images, c.selected) for k, c in l.model_selection.items()}
     forecasts, diagnostics = forecast_table(n, ranges)
     class_laws, relations, groups = _study_classes(study)
@@ -623,10 +630,16 @@ def fit_study(study: Study   # the study
                   model_selection=selection_table(loss, selections, study.classify.eval.validation),
                   forecasts=forecasts, diagnostics=diagnostics, exchange=exchange_table(n, l.compare),
                   crossovers=crossover_table(n, l.compare), mixtures=mixture_table(loss),
-                  class_laws=class_laws, class_relations=relations, class_groups=groups)
+                  class_laws=class_laws, class_relations=relations, class_groups=groups, **_study_damage(study))
     for name, t in tables.items():
         write_csv(study.path('results', f'{name}.csv'), t)
     return laws
+
+def _study_damage(study):
+    "The two tables about damaged generators; empty where a study has none."
+    per_class = pd.read_parquet(study.path('results', 'per_class.parquet'))
+    changes = class_changes(damaged_pairs(study), per_class, pd.read_csv(study.path('results', 'quality.csv')))
+    return dict(damage=damage_effects(changes), damage_changes=changes)
 
 def _study_classes(study):
     "The three tables about classes: a curve goes with the set whose images it adds."

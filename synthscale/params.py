@@ -7,6 +7,7 @@ from __future__ import annotations
 import json, re, string
 from pydantic import BaseModel, TypeAdapter
 from .curves import curves_of, is_synthetic, scored_sets
+from .damage import damaged_pairs
 from .data import DigitsSpec, HubImagesSpec, ImagesSpec, MnistDigitsSpec, RenderedDigitsSpec, TilesSpec
 from .generate import source_spec
 from .laws import fit_ranges
@@ -558,7 +559,8 @@ def resolved(study: Study    # checked
     out['quality'] |= {'sets': _dump(scored_sets(study))}
     del out['quality']['balance']
     out['report'] |= {'labels': labels_of(study)}
-    out['names'] = dict(sets=study.sets, curves=list(curves), scored=list(out['quality']['sets']))
+    out['names'] = dict(sets=study.sets, curves=list(curves), scored=list(out['quality']['sets']),
+                        damaged=damaged_pairs(study).to_dict('records'))
     return out
 
 def params_json(study: Study    # checked

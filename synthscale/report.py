@@ -523,6 +523,7 @@ def _equivalents(exchange):
 
 def _added(added_data):
     "Ratios of losses; a grid has ratios at several numbers of real images, so that its keys have both numbers."
+    added_data = added_data[added_data.against == added_data.curve]
     out, several = {}, added_data.groupby('curve').n_real.nunique() if len(added_data) else {}
     for g in added_data.itertuples():
         key = str(g.n_synthetic) if several[g.curve] == 1 else f'{g.n_real}+{g.n_synthetic}'
