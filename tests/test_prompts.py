@@ -9,7 +9,8 @@ from synthscale.class_tables import (class_table, imagenet_table, read_class_tab
                                      tiny_wordnet, wordnet_table)
 from synthscale.generate import source_plan
 from synthscale.params import check_study
-from synthscale.prompts import FAMILIES, PromptSet, class_words, prompt_table, read_prompts, write_prompt_set, write_prompts
+from synthscale.prompts import (FAMILIES, PromptSet, class_words, prompt_table,
+                                read_prompts, write_prompt_set, write_prompts)
 from synthscale.run import main
 from synthscale.smoke import smoke_params
 from synthscale.study import Study, StudyError, file_sha256

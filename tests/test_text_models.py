@@ -188,7 +188,8 @@ def test_keys_of_models_are_what_they_were_before_there_were_tasks(tmp_path):
 def test_keys_of_the_models_that_are_committed_have_not_changed():
     "DVC keeps runs/models of the embedded study; where it is checked out, each key is computed anew."
     notes = sorted((ROOT/'runs'/'models').glob('*.json'))
-    if not notes: pytest.skip('dvc pull brings runs/models')
+    if not notes:
+        pytest.skip('dvc pull brings runs/models')
     s = Study(ROOT)
     for note in notes:
         noted = json.loads(note.read_text())
