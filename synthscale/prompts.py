@@ -50,13 +50,13 @@ class _Written(Section):
 
 class WrittenSet(_Written):
     "Sentences about each class by a language model: the paper's family word-to-sentence, by our construction."
-    family: Literal['word-to-sentence'] = 'word-to-sentence'
+    family: Literal['word-to-sentence'] = 'word-to-sentence'     # of the paper's
     ask: str = ''                    # what the model is given: {name}, {description}, {hypernyms} or a key of
                                      # prompts.words in it; empty: "NAME (DESCRIPTION): ", or "NAME: " without one
 
 class CaptionSet(_Written):
     "The class name joined with the caption of a real training image: the paper's family image captions."
-    family: Literal['image captions'] = 'image captions'
+    family: Literal['image captions'] = 'image captions'         # of the paper's
     set: Ident                       # under data.sets: real images
     split: Ident = 'train'           # never one that is tested on
     ask: str = ''                    # what the captioner is given beside the image, e.g. <CAPTION> for Florence-2

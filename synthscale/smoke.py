@@ -121,7 +121,7 @@ def smoke_text_models() -> dict:
     "A language model, a captioner and a prompt set of each, for the sections `models` and `prompts` of a small study."
     sizes = dict(input='sets/rendered', vocab_size=400, width=32, steps=150, batch_size=32, lr=0.005)
     models = dict(mini_lm=dict(type='mini_lm', layers=1, **sizes),
-                  mini_captioner=dict(type='mini_captioner', patch=2, image_layers=1, text_layers=1, **sizes))
+                  mini_captioner=dict(type='mini_captioner', patch=8, image_layers=1, text_layers=1, **sizes))
     written = dict(sentences=dict(model='mini_lm', per_class=4, ask='{name}: '))
     captions = dict(captioned=dict(model='mini_captioner', set='digits', per_class=3))
     return dict(models=models, written=written, captions=captions)

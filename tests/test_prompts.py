@@ -4,14 +4,16 @@ import os
 from pathlib import Path
 import pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from conftest import ROOT, dump
+from conftest import ROOT, dump, load
 from synthscale.class_tables import (class_table, imagenet_table, read_class_table, read_synset, same_names, senses,
                                      tiny_wordnet, wordnet_table)
+from synthscale.generate import source_plan
 from synthscale.params import check_study
-from synthscale.prompts import FAMILIES, PromptSet, class_words, prompt_table, read_prompts, write_prompts
+from synthscale.prompts import (FAMILIES, PromptSet, class_words, prompt_table,
+                                read_prompts, write_prompt_set, write_prompts)
 from synthscale.run import main
 from synthscale.smoke import smoke_params
-from synthscale.study import Study, StudyError
+from synthscale.study import Study, StudyError, file_sha256
 
 WORDNET = Path(os.environ.get('WORDNET', '/usr/share/wordnet'))
 SHARED = ROOT.parent/'shared'/'data'/'imagenet_hypernyms.csv'
@@ -137,3 +139,28 @@ def test_words_of_ones_own_stand_over_those_of_the_table(tmp_path):
     p['prompts'] = dict(classes='imagenet', words=dict(name=dict(goldfish='gold fish')), sets={})
     words = class_words(Study(tmp_path, p))
     assert words['name'] == dict(goldfish='gold fish') and words['hypernyms']['n02012849'] == 'wading bird'
+
+def test_sets_that_need_no_model_are_the_tables_they_were(tmp_path):
+    "Bytes of the embedded study's tables, by their hash from before there were sets that a model writes."
+    was = dict(names='0b711a03182439985e9b2ec274ee2e84c312d510539f03aef7d3fa9a6e7c6d93',
+               described='07b9c5e72244db581cd005283b039b9491503265491345b215734a244719d94b',
+               styles='8bbcc5373a6f4c06599f40ad235ae55df1e681e02bdbd8dc44d12c784174bf94')
+    s = Study(tmp_path, load(ROOT/'params.yaml'))
+    for name, sha in was.items():
+        write_prompt_set(s, name)
+        assert file_sha256(tmp_path/'runs'/'prompts'/f'{name}.csv') == sha
+    with pytest.raises(StudyError, match="did you mean 'styles'"):
+        write_prompt_set(s, 'style')
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=4), st.integers(1, 60))
+@settings(max_examples=50, deadline=None)
+def test_with_fewer_prompts_than_images_each_is_used_equally_often(counts, n):
+    p = smoke_params()
+    p['study']['classes'] = [f'c{i}' for i in range(len(counts))]
+    texts = [[f'{i} {j}' for j in range(k)] for i, k in enumerate(counts)]
+    plan = source_plan(Study('.', p), 'names_g2', texts, 0, n)
+    images = plan.groupby('label').size()
+    for label, used in plan.groupby('label').prompt:
+        times = used.value_counts()
+        assert times.max()-times.min() <= 1 and len(times) == min(counts[label], len(used))
+    assert images.max()-images.min() <= 1 and plan.seed.is_unique

@@ -6,6 +6,7 @@ import numpy as np, pytest, torch, transformers
 from hypothesis import given, settings, strategies as st
 from conftest import ROOT
 from synthscale import mini_models
+from synthscale.data import build_set
 from synthscale.mini_models import train_pieces
 from synthscale.mini_texts import TEXT_MINIS, train_byte_tokenizer
 from synthscale.models import build_model, model_key, task_of
@@ -13,8 +14,8 @@ from synthscale.params import problems
 from synthscale.pipelines import folder_sha256
 from synthscale.prompts import caption_table, name_finder, named_in, sentence_table
 from synthscale.shards import ImageSet, load_set
-from synthscale.smoke import smoke_params, smoke_study, smoke_text_models
-from synthscale.study import Study, StudyError
+from synthscale.smoke import make_inputs, smoke_params, smoke_study, smoke_text_models
+from synthscale.study import Study, StudyError, read_yaml
 from synthscale.text_models import (GROUP, LONGEST, Sampling, check_text_folder, load_text_model, plain_text,
                                     write_texts)
 
@@ -187,7 +188,8 @@ def test_keys_of_models_are_what_they_were_before_there_were_tasks(tmp_path):
 def test_keys_of_the_models_that_are_committed_have_not_changed():
     "DVC keeps runs/models of the embedded study; where it is checked out, each key is computed anew."
     notes = sorted((ROOT/'runs'/'models').glob('*.json'))
-    if not notes: pytest.skip('dvc pull brings runs/models')
+    if not notes:
+        pytest.skip('dvc pull brings runs/models')
     s = Study(ROOT)
     for note in notes:
         noted = json.loads(note.read_text())
@@ -396,3 +398,27 @@ def test_a_miniature_that_is_killed_ends_with_the_same_files(name, tmp_path, mon
     monkeypatch.setattr(mini_models, 'Loop', Kept)
     TEXT_MINIS[name](images, spec, 3, tmp_path/'b', tmp_path/'again')
     assert folder_sha256(tmp_path/'again') == folder_sha256(tmp_path/'whole')
+
+FULL = dict(mini_lm=dict(type='mini_lm', input='sets/rendered', vocab_size=500, width=64, layers=2, steps=800,
+                         batch_size=64, lr=5e-3),
+            mini_captioner=dict(type='mini_captioner', input='sets/rendered', vocab_size=500, patch=8, width=96,
+                                image_layers=2, text_layers=2, steps=1200, batch_size=128, lr=2e-3))
+
+@pytest.mark.campaign
+def test_full_sized_miniatures_name_most_classes(tmp_path):
+    "What 02c_mini_texts reports, measured again on the rendered digits of the embedded study; five minutes."
+    p = read_yaml(ROOT/'params.yaml')
+    p['models'] = FULL
+    make_inputs(tmp_path/'data')
+    s = Study(tmp_path, p)
+    build_set(s, 'rendered')
+    names = s.study.classes
+    find = name_finder({c: [c, str(i)] for i, c in enumerate(names)})
+    lm = load_text_model(build_model(s, 'mini_lm'), 'text-generation')
+    said = [named_in(t, c, find) for c in names for t in write_texts(lm, f'{c}: ', list(range(96)))]
+    assert np.mean([own for own, _ in said]) > .85 and np.mean([bool(other) for _, other in said]) < .2
+    captioner = load_text_model(build_model(s, 'mini_captioner'), 'image-text-to-text')
+    held = load_set(s.path('sets', 'rendered'), 'held_out', rows=np.arange(1000))
+    texts = write_texts(captioner, '', list(range(1000)), held.images, Sampling(temperature=0))
+    right = [named_in(t, names[label], find) == (True, []) for t, label in zip(texts, held.labels)]
+    assert np.mean(right) > .75
