@@ -129,6 +129,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'synthscale.classify.versions': ('classify.html#versions', 'synthscale/classify.py'),
                                      'synthscale.classify.write_points': ('classify.html#write_points', 'synthscale/classify.py')},
             'synthscale.compare': { 'synthscale.compare._differences': ('compare.html#_differences', 'synthscale/compare.py'),
+                                    'synthscale.compare._keyed': ('compare.html#_keyed', 'synthscale/compare.py'),
                                     'synthscale.compare._table': ('compare.html#_table', 'synthscale/compare.py'),
                                     'synthscale.compare.compare': ('compare.html#compare', 'synthscale/compare.py'),
                                     'synthscale.compare.compare_tables': ('compare.html#compare_tables', 'synthscale/compare.py'),

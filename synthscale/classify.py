@@ -419,7 +419,7 @@ def compute_check(study: Study,  # the study
     for p in [p for p in done if p.train_multiplier == 2*times]:
         once, base = done[replace(p, train_multiplier=times)], dict(curve=curve) | _point_keys(p)
         rows += [dict(base, test_set=t, metric=k, once=once['tests'][t][k], doubled=m[k])
-                 for t, m in done[p]['tests'].items() for k in ('loss', 'loss_calibrated')]
+                 for t, m in done[p]['tests'].items() for k in ('loss', 'loss_calibrated') if k in m]
     df = pd.DataFrame(rows, columns=[*_CHECK_KEYS, 'metric', 'seed', 'once', 'doubled'])
     return df.sort_values(['n_images', 'test_set', 'metric', 'seed'], ignore_index=True)
 

@@ -39,12 +39,15 @@ def result_tables(where,      # results/, the folder of a study, or a commit
     return found
 
 def _table(data, name, where):
-    "One table, its rows named by their keys."
+    "One table."
     try:
-        t = pd.read_csv(io.BytesIO(data), keep_default_na=True, low_memory=False)
+        return pd.read_csv(io.BytesIO(data), keep_default_na=True, low_memory=False)
     except (ValueError, OSError) as e:
         raise StudyError(f"{where}: {name}.csv is not readable: {e}") from None
-    keys = [c for c in t if c in _KEYS]
+
+def _keyed(t, other):
+    "A table whose rows are named by the keys that both have; a key of one version alone is a column that differs."
+    keys = [c for c in t if c in _KEYS and c in other]
     t = t.set_index(keys) if keys else t
     number = t.groupby(level=list(range(len(keys))), sort=False, dropna=False).cumcount() if keys else range(len(t))
     return t.set_index(pd.Index(number, name='occurrence'), append=bool(keys))
@@ -87,7 +90,8 @@ def compare(a,           # results/, the folder of a study, or a commit
         if name not in one or name not in two:
             rows.append(dict(table=name, verdict='only in '+str(a if name in one else b)))
             continue
-        tables = (_table(data[name], name, where) for data, where in ((one, a), (two, b)))
-        rows.append(dict(table=name) | compare_tables(*tables, TOLERANCES.get(name, TOLERANCE)))
+        s, t = (_table(data[name], name, where) for data, where in ((one, a), (two, b)))
+        found = compare_tables(_keyed(s, t), _keyed(t, s), TOLERANCES.get(name, TOLERANCE))
+        rows.append(dict(table=name) | found)
     columns = ['table', 'verdict', 'rows', 'only_a', 'only_b', 'largest', 'tolerance', 'column', 'row']
     return pd.DataFrame(rows).reindex(columns=columns)

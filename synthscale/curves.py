@@ -124,6 +124,7 @@ class CurveSpec:
         "Seeds with which a point of the grid is trained."
         return 1 if self.one_seed_above and sum(size) > self.one_seed_above else self.seeds
 
+# %% ../nbs/00g_curves.ipynb #50f190fd
 def is_synthetic(study: Study,  # the study
                  name: str      # of an image set
                 ) -> bool:

@@ -286,8 +286,9 @@ def doctor(study: Study,          # the study
     return [d for d in done if d]
 
 # %% ../nbs/00i_doctor.ipynb #944cbf98
-_PLACES = ('data.sets', 'models', 'generate.sources', 'evaluators', 'filters', 'merged', 'quality.sets',
-           'classify.curves', 'classify.mixtures')     # what dvc.yaml makes stages of
+# What dvc.yaml makes stages of.
+_PLACES = ('data.sets', 'models', 'prompts.sets', 'prompts.written', 'prompts.captions', 'generate.sources',
+           'evaluators', 'filters', 'merged', 'quality.sets', 'classify.curves', 'classify.mixtures')
 
 def check_name(key: str,    # a name of params.yaml that becomes part of paths
                where        # of it, for errors

@@ -19,13 +19,14 @@ __all__ = ['PRIMARY', 'PrimaryComparison', 'primary_problems', 'primary_table']
 class PrimaryComparison(Section):
     "A comparison that is declared before it is known."
     name: Ident
-    kind: Literal['exponent', 'ratio', 'gain']
+    kind: Literal['exponent', 'ratio', 'gain']  # difference of k; ratio of losses at one size; with against without
+                                                # added images
     a: Ident                                    # curve
     b: Ident                                    # curve that it is compared with; of a gain: the real images alone
-    test_set: Ident
+    test_set: Ident                             # split under classify.eval
     n: Annotated[list[Count], Field(max_length=2)] = []     # of a ratio: [size]; of a gain: [n_real, n_synthetic]
     generators_a: list[Ident] = []              # curves of all models of a's kind, a among them; empty: about a itself
-    generators_b: list[Ident] = []
+    generators_b: list[Ident] = []              # of b's kind
     paired: bool = False                        # the models at the same place of both lists belong together
 
     @property

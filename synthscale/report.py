@@ -523,8 +523,9 @@ def _equivalents(exchange):
 
 def _added(added_data):
     "Ratios of losses; a grid has ratios at several numbers of real images, so that its keys have both numbers."
+    if not len(added_data): return {}
     added_data = added_data[added_data.against == added_data.curve]
-    out, several = {}, added_data.groupby('curve').n_real.nunique() if len(added_data) else {}
+    out, several = {}, added_data.groupby('curve').n_real.nunique()
     for g in added_data.itertuples():
         key = str(g.n_synthetic) if several[g.curve] == 1 else f'{g.n_real}+{g.n_synthetic}'
         entry = _numbers(g, 'ratio', 'ci_lo', 'ci_hi') | dict(verdict=g.verdict)

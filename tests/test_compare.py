@@ -58,3 +58,11 @@ def test_no_results_are_an_error(where, tmp_path):
     sh('git init -q', tmp_path)
     with pytest.raises(StudyError, match='no folder with results'):
         result_tables(where, tmp_path)
+
+def test_a_table_that_got_a_key_is_compared_by_the_others(tmp_path):
+    t = pd.DataFrame(dict(curve=['a', 'b'], test_set='test', move=[.1, .2]))
+    for name, table in (('old', t), ('new', t.assign(metric='loss'))):
+        (tmp_path/name).mkdir()
+        table.to_csv(tmp_path/name/'compute_check.csv', index=False)
+    found = compare(tmp_path/'old', tmp_path/'new').iloc[0]
+    assert (found.rows, found.largest, found.verdict) == (2, 0, 'differ')

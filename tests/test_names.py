@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT, copy_repo, dump, environment, load, sh
 from synthscale.doctor import check_names
 from synthscale.run import main, stage_key
-from synthscale.smoke import smoke_params
+from synthscale.smoke import smoke_params, smoke_text_models
 from synthscale.study import Study, StudyError
 
 HOSTILE = ['zz;touch PWN', "a'b;touch PWN;'", 'a";touch PWN;"', '$(touch PWN)', '`touch PWN`', 'a\ntouch PWN\n',
@@ -18,9 +18,16 @@ def bare(tmp_path_factory):
     sh('git init -q && git add -A && git commit -qm all', d)
     return d
 
+def with_texts():
+    "The parameters of the smoke study with a prompt set of every kind."
+    p, texts = smoke_params(), smoke_text_models()
+    p['models'] |= texts.pop('models')
+    p['prompts'] |= texts
+    return p
+
 def write(d, place, names):
     "params.yaml with hostile names in one place, each with the contents of an ordinary item."
-    p = section = smoke_params()
+    p = section = with_texts()
     for part in place.split('.'):
         section = section[part]
     item = next(iter(section.values()))
@@ -71,7 +78,7 @@ def test_repro_refuses_them_before_dvc_starts(place, name):
 @pytest.mark.parametrize('name', ['-h', '--study', '-', 'a b', ''])
 @pytest.mark.parametrize('place', sorted({*FOREACH.values(), 'recipes'}))
 def test_params_yaml_refuses_them(place, name):
-    p = section = smoke_params()
+    p = section = with_texts()
     for part in place.split('.'):
         section = section[part]
     section[name] = next(iter(section.values()))
