@@ -214,7 +214,7 @@ def test_a_backbone_draws_no_images():
     p['models'] |= dict(small=SMALL)
     p['generate']['sources']['names_g2']['model'] = 'small'
     found = '\n'.join(problems(Study(smoke_study(), p)))
-    assert "generate.sources.names_g2.model is 'small', a backbone" in found
+    assert "names_g2.model is 'small': expected a model whose task is text-to-image: its task is image-class" in found
 
 # ---- keys
 

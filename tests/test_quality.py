@@ -330,7 +330,8 @@ def test_the_reference_is_not_compared_with_itself(scored):
 
 def test_a_set_without_training_images_is_no_reference(scored, tmp_path):
     shutil.copytree(scored, tmp_path/'study')
-    study = changed(tmp_path/'study', dict(set='rendered', test_splits=['held_out']), bootstrap=0)
+    where = dict(set='rendered', test_splits=['held_out'], in_domain_set='rendered')
+    study = changed(tmp_path/'study', where, bootstrap=0)
     assert references(study) == {'real': ('rendered', 'train')}
     study.raw['data']['sets']['rendered']['splits'] = dict(held_out=80)
     shutil.rmtree(study.set_dir('rendered'))

@@ -80,7 +80,8 @@ def covers(key, path):
 ELSEWHERE = {       # no stage depends on these, because build/params.json has them also where they are used
     'generate.n_images': 'in every source', 'generate.steps': 'in every source',
     'quality.n_images': 'in every scored set', 'recipes': 'in every curve and evaluator that is trained by one',
-    'filters': 'nothing, if there is none', 'merged': 'nothing, if there is none'}
+    'filters': 'nothing, if there is none', 'merged': 'nothing, if there is none',
+    'prompts.written': 'nothing, if there is none', 'prompts.captions': 'nothing, if there is none'}
 
 def test_every_parameter_is_a_dependency():
     "A parameter that no stage depends on could change without a rerun."
