@@ -418,9 +418,15 @@ def compute_check(study: Study,  # the study
     rows, times = [], curve_of(study, curve).train_multiplier
     for p in [p for p in done if p.train_multiplier == 2*times]:
         once, base = done[replace(p, train_multiplier=times)], dict(curve=curve) | _point_keys(p)
+        base |= dict(mean='rebuilt' in done[p]['made'])
         rows += [dict(base, test_set=t, metric=k, once=once['tests'][t][k], doubled=m[k])
                  for t, m in done[p]['tests'].items() for k in ('loss', 'loss_calibrated') if k in m]
-    df = pd.DataFrame(rows, columns=[*_CHECK_KEYS, 'metric', 'seed', 'once', 'doubled'])
+    keys = [*_CHECK_KEYS, 'metric']
+    df = pd.DataFrame(rows, columns=[*keys, 'seed', 'once', 'doubled', 'mean'])
+    # Of a rebuilt record only the mean over seeds is known: one row then, which tells nothing of the noise of a move.
+    whole, values = df['mean'].astype(bool), ['seed', 'once', 'doubled']
+    means = df[whole].groupby(keys, as_index=False)[values].mean().astype(dict(seed=int))
+    df = pd.concat([df[~whole], means])[[*keys, *values]] if whole.any() else df[[*keys, *values]]
     return df.sort_values(['n_images', 'test_set', 'metric', 'seed'], ignore_index=True)
 
 def version_note(name: str,   # of a curve

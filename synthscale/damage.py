@@ -6,7 +6,7 @@
 from __future__ import annotations
 import numpy as np
 import pandas as pd
-from .results import t_interval
+from .components import Contrast, effect, holm, slope_weights, verdict
 from .study import Study
 
 # %% auto #0
@@ -38,7 +38,7 @@ def class_slope(t: pd.DataFrame   # n, seed, value (loss above 0) of one class o
                ) -> float:        # NaN with one size
     "The exponent of a class on its own: of the mean log loss over seeds and classes."
     y = np.log(t[t.value > 0].set_index('n').value).groupby(level=0).mean()
-    return float(-np.polyfit(np.log(y.index), y, 1)[0]) if len(y) > 1 else np.nan
+    return float(y @ slope_weights(y.index)) if len(y) > 1 else np.nan
 
 # %% ../nbs/07l_damage.ipynb #e8fb2f54
 def _measures(per_class, quality, source, name, classes):
@@ -70,14 +70,15 @@ def class_changes(pairs: pd.DataFrame,      # as `damaged_pairs` gives it
     return pd.DataFrame(rows, columns=_CHANGES)
 
 # %% ../nbs/07l_damage.ipynb #13adc154
-_EFFECTS = ['damage', 'measure', 'test_set', 'n', 'change', 'ci_lo', 'ci_hi', 'n_pairs', 'verdict']
+_EFFECTS = ['damage', 'measure', 'test_set', 'n', 'change', 'ci_lo', 'ci_hi', 'n_pairs', 'verdict', 'p']
 
 def damage_effects(changes: pd.DataFrame   # as `class_changes` gives it
                   ) -> pd.DataFrame:       # one row per damage, measure, test set and size
     "The mean change over pairs of generators with its t interval: falls, rises, or not shown."
     rows = []
     for keys, g in changes.dropna(subset='change').groupby(['damage', 'measure', 'test_set', 'n'], sort=False):
-        m, lo, hi = t_interval(g.change)
-        verdict = 'falls' if hi < 0 else 'rises' if lo > 0 else 'not shown'
-        rows.append(dict(zip(_EFFECTS, keys)) | dict(change=m, ci_lo=lo, ci_hi=hi, n_pairs=len(g), verdict=verdict))
-    return pd.DataFrame(rows, columns=_EFFECTS)
+        e = effect([Contrast(tuple(g.source), g.change.to_numpy())])
+        rows.append(dict(zip(_EFFECTS, keys)) | dict(change=e['estimate'], ci_lo=e['ci_lo'], ci_hi=e['ci_hi'], p=e['p'],
+                                                     n_pairs=len(g), verdict=verdict(e, ('rises', 'falls'))))
+    out = pd.DataFrame(rows, columns=_EFFECTS)
+    return out.assign(p_holm=holm(out.p.astype(float)))

@@ -68,6 +68,13 @@ def _shortened(ids, targets, pad):
     n = int((ids != pad).sum(1).max())
     return ids[:, :n], targets[:, :n]
 
+def _train(net, loss_of, ids, targets, pad, spec, seed, state, what):
+    "Train a network on random batches of sequences; `loss_of` takes the rows, their tokens and targets."
+    def loss(g):
+        i = torch.randint(len(ids), (spec.batch_size,), generator=g)
+        return loss_of(i, *_shortened(ids[i], targets[i], pad))
+    train([net], loss, spec, derive_seed(seed, 'steps'), state, what)
+
 def train_mini_lm(s: ImageSet,   # training images, of which only captions and classes are used
                   spec,          # MiniLMSpec: sizes and training
                   seed: int,     # of everything random
@@ -81,10 +88,8 @@ def train_mini_lm(s: ImageSet,   # training images, of which only captions and c
     tok = train_byte_tokenizer(captions+given, spec.vocab_size)
     ids, targets = sequences(tok, captions, given)
     net = _lm(tok, spec, derive_seed(seed, 'init'))
-    def loss(g):
-        i = torch.randint(len(ids), (spec.batch_size,), generator=g)
-        return lm_loss(net, *_shortened(ids[i], targets[i], tok.pad_token_id))
-    train([net], loss, spec, derive_seed(seed, 'steps'), Path(work)/'lm.safetensors', 'language model')
+    _train(net, lambda i, ids, targets: lm_loss(net, ids, targets), ids, targets, tok.pad_token_id, spec, seed,
+           Path(work)/'lm.safetensors', 'language model')
     _save(out, net, tok)
 
 def _save(out, net, processor):
@@ -140,10 +145,8 @@ def train_mini_captioner(s: ImageSet,   # training images with captions
     x, (ids, targets) = three_channels(s.images), sequences(tok, captions)
     size = x.shape[-1]
     net = _captioner(tok, size, spec, derive_seed(seed, 'init'))
-    def loss(g):
-        i = torch.randint(len(x), (spec.batch_size,), generator=g)
-        return captioner_loss(net, x[i], *_shortened(ids[i], targets[i], tok.pad_token_id))
-    train([net], loss, spec, derive_seed(seed, 'steps'), Path(work)/'captioner.safetensors', 'captioner')
+    _train(net, lambda i, ids, targets: captioner_loss(net, x[i], ids, targets), ids, targets, tok.pad_token_id, spec,
+           seed, Path(work)/'captioner.safetensors', 'captioner')
     look = BlipImageProcessor(size=dict(height=size, width=size), image_mean=[.5]*3, image_std=[.5]*3)
     _save(out, net, BlipProcessor(look, tok))
 

@@ -8,7 +8,8 @@ import json, re, string
 from pydantic import BaseModel, TypeAdapter
 from .curves import curves_of, is_synthetic, scored_sets
 from .damage import damaged_pairs
-from .data import DigitsSpec, HubImagesSpec, ImagesSpec, MnistDigitsSpec, RenderedDigitsSpec, TilesSpec
+from .data import (DigitsSpec, HubImagesSpec, ImagesSpec, MnistDigitsSpec, RenderedDigitsSpec, TilesSpec,
+                             damage_of)
 from .generate import source_spec
 from .laws import fit_ranges
 from .backbones import BackboneSpec, backbone_faults, class_indices, own_names
@@ -106,6 +107,12 @@ def _check_sets(c):
         where = [k for k, there in places.items() if n in there]
         if len(where) < 2: continue
         c.say(f"{n!r} is under {where[0]} and under {where[1]}: each image set needs its own name")
+    for n, spec in s.data.sets.items():
+        if not isinstance(spec, RenderedDigitsSpec): continue
+        try:
+            damage_of(spec.damage, s.study.classes)
+        except StudyError as e:
+            c.say(f"data.sets.{n}.{e}")
 
 def _check_filters(c):
     "Filters and merged sets are made of sets that exist."
@@ -432,6 +439,18 @@ def _check_slots(c):
             c.unless(False, key, name, f'a set of {slot} images, and this is a set of {other} ones '
                      '(data.sets.NAME.synthetic tells them apart)')
 
+def _check_controls(c, key, k, sizes):
+    "What a curve is compared with: the sizes that are trained longer, and the controls of a mixture."
+    for n in k.compute_sizes or ():
+        c.unless(n in sizes, f'{key}.compute_sizes', n, f'one of its sizes, {sizes}')
+    if k.equal_exposures and not k.real_share:
+        c.say(f"{key}.exposures is 'real': expected a real_share, which says how often the real images are shown")
+    if not k.as_long: return
+    alone = c.study.classify.curves
+    c.ref(f'{key}.as_long', k.as_long, alone, 'curve under classify.curves')
+    if k.as_long in alone:
+        c.unless(alone[k.as_long].set == k.real, f'{key}.as_long', k.as_long, f'a curve of the set {k.real!r} alone')
+
 def _check_curves(c):
     "Curves have names of their own, sets and recipes that exist, and as many images as they ask for."
     s, where = c.study, _curve_names(c)
@@ -444,6 +463,7 @@ def _check_curves(c):
         sizes = [sum(size) for size in k.sizes]
         if 0 in sizes:
             c.say(f"{key} has a point without any image")
+        _check_controls(c, key, k, sizes)
         most = source_spec(s, n).n_images if n in s.generate.sources else None
         if most and max(sizes) > most:
             c.say(f"{key}.n_images asks for {max(sizes)} images, and the source has {most}")

@@ -207,7 +207,7 @@ def compute_marks(moves: pd.DataFrame,   # curve, sizes, test set, metric, seed;
                   tolerance: float       # a smaller move is none: classify.compute_tolerance
                  ) -> pd.DataFrame:      # one row per point, test set and metric
     """How far doubling the training moves the loss, with an interval. A point is `limited` where the move is larger
-    than the tolerance and than the noise, `checked` otherwise."""
+    than the tolerance and than the noise (where no noise is known, than the tolerance), `checked` otherwise."""
     keys = [*_POINT, 'metric']
     v = moves.assign(log=np.log(moves.doubled/moves.once))
     g = v.groupby(keys, sort=False).log

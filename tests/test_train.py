@@ -525,10 +525,12 @@ def test_what_the_sets_cannot_give_is_found_before_anything_is_trained(study):
     said = message(whole.index[60:], 'split', 'spare')
     assert "curve 'rendered', synthetic images: set 'rendered' has 60 images, 80 were asked for" in said
 
-def test_a_second_set_of_tests_and_classes_that_compete_alone(tmp_path):
-    "Handwriting is validated on, rendered digits are one more test, out of distribution."
+@pytest.mark.parametrize('where', [dict(ood_set='rendered', ood_splits=['held_out']),
+                                   dict(in_domain_set='rendered', in_domain_splits=['held_out'])], ids=['ood', 'in'])
+def test_another_set_of_tests_and_classes_that_compete_alone(tmp_path, where):
+    "Handwriting is validated on, rendered digits are one more test: out of distribution, or in domain."
     def change(p):
-        p['classify']['eval'] |= dict(ood_set='rendered', ood_splits=['held_out'], within=['held_out'])
+        p['classify']['eval'] |= where | dict(within=['held_out'])
     s = study_in(tmp_path/'study', change)
     df = run_curve(s, 'digits', workers=1)
     assert set(df.test_set) == {'val', 'test', 'ood', 'held_out'} and set(df.metric) == set(METRICS)
