@@ -105,6 +105,10 @@ def test_study_pipelines_are_copies_of_the_root():
     for p in ROOT.glob('studies/*/dvc.yaml'):
         assert p.read_bytes() == (ROOT/'dvc.yaml').read_bytes(), p
 
+def test_each_study_folder_is_a_dvc_repository_of_its_own():
+    "Else the root's `dvc status`, `commit` and `repro -P` take its stages for their own, made or not."
+    assert [p.parent.name for p in ROOT.glob('studies/*/dvc.yaml') if not (p.parent/'.dvc'/'config').exists()] == []
+
 def test_public_functions_are_documented():
     for p in sorted((ROOT/'synthscale').glob('[!_]*.py')):
         for node in ast.parse(p.read_text()).body:
