@@ -114,6 +114,7 @@ def _check_sets(c):
         except StudyError as e:
             c.say(f"data.sets.{n}.{e}")
 
+# %% ../nbs/10_params.ipynb #454deebd
 def _check_filters(c):
     "Filters and merged sets are made of sets that exist."
     s = c.study
