@@ -47,6 +47,7 @@ class LawsSection(Section):
                                                             # smallest, largest size; default: all of a curve of one set
     compare: list[Annotated[list[Ident], Field(min_length=2, max_length=2)]] = []     # exploratory
     primary: Annotated[list[PrimaryComparison], Field(max_length=8)] = []             # what the study is about
+    declared: Annotated[str, Field(pattern='^([0-9a-f]{40})?$')] = ''                 # commit that declared `primary`
     model_selection: dict[Ident, ModelSelection] = {}
 
 # %% ../nbs/08_laws.ipynb #e038602b

@@ -1,0 +1,53 @@
+"What the study set out to compare was declared before it was trained, and the claims follow from the tables."
+import subprocess
+from pathlib import Path
+import pandas as pd
+import pytest
+from synthscale.analysis import declared_as_now
+from synthscale.primary import claims_table, outcome
+from synthscale.study import Study
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDIES = [p.parent for p in (ROOT/'params.yaml', *sorted(ROOT.glob('studies/*/params.yaml')))]
+DECLARED = [p for p in STUDIES if Study(p).laws.declared]
+
+def git(*args):
+    return subprocess.run(['git', '-C', str(ROOT), *args], capture_output=True, text=True)
+
+@pytest.mark.parametrize('folder', DECLARED, ids=lambda p: p.name)
+def test_the_commit_that_params_yaml_names_declares_what_is_compared_and_changes_no_table(folder):
+    commit = Study(folder).laws.declared
+    if git('cat-file', '-e', commit).returncode: pytest.skip('git does not have the commit here (a shallow clone?)')
+    assert declared_as_now(folder, commit) is True
+    changed = git('show', '--name-only', '--format=', commit).stdout.split()
+    assert changed and not [p for p in changed if '/results/' in f'/{p}' or p.endswith('.csv')]
+
+def test_a_declaration_that_was_changed_later_is_found(tmp_path):
+    def write(name, text):
+        (tmp_path/name).write_text(text)
+        subprocess.run(['git', '-C', tmp_path, 'add', '-A'], check=True)
+        who = ['-c', 'user.name=x', '-c', 'user.email=x@example.org']
+        subprocess.run(['git', '-C', tmp_path, *who, 'commit', '-qm', 'x'], check=True)
+        return subprocess.run(['git', '-C', tmp_path, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    subprocess.run(['git', 'init', '-q', tmp_path], check=True)
+    text = (DECLARED[0]/'params.yaml').read_text()
+    first = write('params.yaml', text)
+    assert declared_as_now(tmp_path, first) is True
+    second = write('params.yaml', text.replace('expected: lower', 'expected: differ', 1))
+    assert declared_as_now(tmp_path, first) is False and declared_as_now(tmp_path, second) is True
+    assert declared_as_now(tmp_path, '0'*40) is None
+
+@pytest.mark.parametrize('verdict, above, expected, found', [
+    ('not shown', True, 'higher', 'not shown'), ('differ', True, 'higher', 'holds'), ('differ', False, 'higher', 'does not hold'),
+    ('helps', False, 'lower', 'holds'), ('hurts', True, 'lower', 'does not hold'), ('these models', True, 'differ', 'holds for these models'),
+    ('these models', False, 'higher', 'does not hold')])
+def test_outcomes(verdict, above, expected, found):
+    assert outcome(verdict, above, expected) == found
+
+@pytest.mark.parametrize('folder', [p for p in DECLARED if (p/'results'/'primary.csv').exists()], ids=lambda p: p.name)
+def test_every_claim_has_its_row(folder):
+    declared, table = Study(folder).laws.primary, pd.read_csv(folder/'results'/'primary.csv')
+    claims = claims_table(declared, table)
+    assert list(claims.claim) == [p.claim for p in declared if p.claim]
+    assert set(claims.outcome) <= {'holds', 'does not hold', 'not shown', 'holds for these models'}
+    assert len(declared) <= 8
