@@ -286,11 +286,11 @@ def test_a_declaration_that_cannot_be_is_named(update, words):
 
 def test_declarations_are_part_of_params_yaml_and_at_most_eight():
     raw = load(ROOT/'params.yaml')
-    p = dict(name='gap', kind='exponent', a='digits', b='styles_g1', test_set='test')
+    p = dict(name='gap', kind='exponent', a='mnist', b='reference', test_set='test')
     raw['laws']['primary'] = [p]
     assert check_study(Study(ROOT, raw)).laws.primary[0].name == 'gap'
-    raw['laws']['primary'] = [p | dict(b='styles_g')]
-    with pytest.raises(StudyError, match="laws.primary.gap is about 'styles_g': no such curve.*did you mean"):
+    raw['laws']['primary'] = [p | dict(b='referenc')]
+    with pytest.raises(StudyError, match="laws.primary.gap is about 'referenc': no such curve.*did you mean"):
         check_study(Study(ROOT, raw))
     with pytest.raises(StudyError, match='at most 8'):
         validated(LawsSection, dict(primary=[p | dict(name=f'p{i}') for i in range(9)]), 'laws', 'params.yaml')

@@ -8,7 +8,7 @@ from synthscale.mini_models import END, learn_merges, train_tokenizer
 from synthscale.models import TextSpec
 from synthscale.params import check_study
 from synthscale.pipelines import folder_sha256
-from synthscale.prompts import PromptSet, prompt_table, read_prompts, write_prompts
+from synthscale.prompts import PromptSet, class_words, prompt_table, read_prompts, write_prompts
 from synthscale.study import Study, StudyError
 
 word = st.text('abcxyz0', min_size=1, max_size=6)
@@ -36,9 +36,9 @@ def test_an_edited_prompt_file_is_checked_again(tmp_path, content, words):
     s = Study(ROOT)
     s.dir = tmp_path
     (tmp_path/'runs'/'prompts').mkdir(parents=True)
-    (tmp_path/'runs'/'prompts'/'names.csv').write_text(content)
-    with pytest.raises(StudyError, match='names.csv') as e:
-        read_prompts(s, 'names')
+    (tmp_path/'runs'/'prompts'/'classnames.csv').write_text(content)
+    with pytest.raises(StudyError, match='classnames.csv') as e:
+        read_prompts(s, 'classnames')
     assert words in str(e.value)
 
 def test_numbers_may_be_classes_and_prompts(tmp_path):
@@ -47,25 +47,28 @@ def test_numbers_may_be_classes_and_prompts(tmp_path):
     names = [str(i) for i in range(10)]
     d['study']['classes'] = names
     d['prompts'] = dict(sets=dict(names=dict(by_class={n: [f'00{n}'] for n in names})))
-    d['generate']['sources'] = {'names_g2': d['generate']['sources']['names_g2']}
+    d['study']['seed_names'] = {}
+    d['data']['sets'] = {n: d['data']['sets'][n] for n in ('mnist', 'uci', 'rendered')}     # no damage to classes by name
+    d['models'] = {'mini_sd': d['models']['mini_sd']}
+    d['generate']['sources'] = {'plain': d['generate']['sources']['reference'] | {'prompts': 'names'}}
     d['quality']['sets'], d['laws'], d['report'] = {}, {}, {}
-    d['classify'] |= dict(curves={'digits': d['classify']['curves']['digits']}, mixtures={})
+    d['classify'] |= dict(curves={'mnist': d['classify']['curves']['mnist']}, mixtures={})
     s = check_study(Study(tmp_path, d))
     write_prompts(s)
     assert read_prompts(s, 'names').prompt.tolist() == [f'00{n}' for n in names]
 
 # ---- the plan
 
-def in_memory(n, seed=0, source='names_g2'):
+def in_memory(n, seed=0, source='reference'):
     "A study that is only its parameters."
     d = load(ROOT/'params.yaml')
-    d['generate']['sources'][source] = d['generate']['sources']['names_g2'] | {'n_images': n}
+    d['generate']['sources'][source] = d['generate']['sources']['reference'] | {'n_images': n}
     d['study']['seed'] = seed
     return Study(ROOT, d)
 
-def plan(n, seed=0, source='names_g2', prompts='styles'):
+def plan(n, seed=0, source='reference', prompts='templates'):
     s = in_memory(n, seed, source)
-    table = prompt_table(s.prompts.sets[prompts], s.study.classes, s.prompts.words)
+    table = prompt_table(s.prompts.sets[prompts], s.study.classes, class_words(s))
     return source_plan(s, source, class_texts(s, table))
 
 @given(st.integers(10, 150), st.integers(10, 150), st.integers(0, 5))
@@ -75,11 +78,11 @@ def test_a_larger_source_begins_with_the_smaller_one(a, b, seed):
     assert plan(b, seed).head(a).equals(plan(a, seed))
 
 def test_no_seed_occurs_twice_in_any_source():
-    seeds = pd.concat([plan(2000, s, source).seed for s in (0, 1) for source in ('names_g2', 'styles_g1')])
+    seeds = pd.concat([plan(2000, s, source).seed for s in (0, 1) for source in ('reference', 'guidance_2')])
     assert seeds.is_unique
 
 def test_prompts_are_used_equally_often():
-    p = plan(84*10*3)
+    p = plan(80*10*3)
     assert set(p.groupby(['label', 'prompt']).size()) == {3}
 
 # ---- words

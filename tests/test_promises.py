@@ -125,8 +125,8 @@ def test_a_source_that_breaks_the_promise_stores_nothing_and_one_that_keeps_it_i
     ('guidance_scale', True), ('steps', 2.5)])
 def test_an_option_that_makes_no_sense_is_refused_by_its_key(key, value):
     p = load(ROOT/'params.yaml')
-    p['generate']['sources']['names_g2'][key] = value
-    with pytest.raises(StudyError, match=f'generate.sources.names_g2.{key}'):
+    p['generate']['sources']['reference'][key] = value
+    with pytest.raises(StudyError, match=f'generate.sources.reference.{key}'):
         check_study(Study(ROOT, p))
 
 @pytest.mark.parametrize('asked, words', [
