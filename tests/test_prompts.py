@@ -1,6 +1,6 @@
 """Class tables and prompt sets: what WordNet says, what a table or a file of somebody's own may hold, and what is
 refused."""
-import os
+import os, shutil
 from pathlib import Path
 import pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
@@ -141,16 +141,29 @@ def test_words_of_ones_own_stand_over_those_of_the_table(tmp_path):
     assert words['name'] == dict(goldfish='gold fish') and words['hypernyms']['n02012849'] == 'wading bird'
 
 def test_sets_that_need_no_model_are_the_tables_they_were(tmp_path):
-    "Bytes of the embedded study's tables, by their hash from before there were sets that a model writes."
+    "Bytes of the tables of the first study `digits`, by their hash from before there were sets that a model writes."
     was = dict(names='0b711a03182439985e9b2ec274ee2e84c312d510539f03aef7d3fa9a6e7c6d93',
                described='07b9c5e72244db581cd005283b039b9491503265491345b215734a244719d94b',
                styles='8bbcc5373a6f4c06599f40ad235ae55df1e681e02bdbd8dc44d12c784174bf94')
-    s = Study(tmp_path, load(ROOT/'params.yaml'))
+    s = Study(tmp_path, load(ROOT/'params.yaml') | dict(prompts=load(ROOT/'tests'/'old_params.yaml')['prompts']))
     for name, sha in was.items():
         write_prompt_set(s, name)
         assert file_sha256(tmp_path/'runs'/'prompts'/f'{name}.csv') == sha
     with pytest.raises(StudyError, match="did you mean 'styles'"):
         write_prompt_set(s, 'style')
+
+def test_families_of_the_embedded_study_are_the_tables_they_were(tmp_path):
+    "By their hash from when the study was declared; the words come from its class table."
+    was = dict(templates='aca047ff14b7d8f2700d7931888b3d764f54bb61e8942de415e14c080a95dc60',
+               classnames='efd1c2511aa66ec2183acad4fc301a3421f52d6d80fbdfdcedd8103e277d4619',
+               descriptions='46412a578b8b729ae7d3c0b47954b37df91cdf45743751f93ec32abf1280b83a',
+               hypernyms='0551c902e81376848316f7072f8059bd0034aa1a3f443e7b685b0e8e27d65df8')
+    s = Study(tmp_path, load(ROOT/'params.yaml'))
+    shutil.copytree(ROOT/'prompts', tmp_path/'prompts')
+    assert {*was} == {*s.prompts.sets}
+    for name, sha in was.items():
+        write_prompt_set(s, name)
+        assert file_sha256(tmp_path/'runs'/'prompts'/f'{name}.csv') == sha
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=4), st.integers(1, 60))
 @settings(max_examples=50, deadline=None)
