@@ -46,12 +46,12 @@ def test_the_committed_results_agree_with_themselves_and_with_their_commit(capsy
 
 def test_a_changed_number_is_named_on_the_command_line(tmp_path, capsys):
     t = pd.read_csv(ROOT/'results'/'laws.csv')
-    row = t.index[(t.curve == 'digits') & (t.test_set == 'ood') & t.metric.isin(['top1', 'error'])][0]
+    row = t.index[(t.curve == 'mnist') & (t.test_set == 'ood') & t.metric.isin(['top1', 'error'])][0]
     put(tmp_path/'b', t.assign(k=t.k.where(t.index != row, t.k*1.01)))
     put(tmp_path/'a', t)
     assert main(['compare', str(tmp_path/'a'), str(tmp_path/'b')]) == 1
     said = capsys.readouterr().out
-    assert f'digits ood {t.metric[row]}' in said and '1 tables, 1 of them differ' in said
+    assert f'mnist ood {t.metric[row]}' in said and '1 tables, 1 of them differ' in said
 
 @pytest.mark.parametrize('where', ['nowhere', 'HEAD~99999', '--help', 'x y'])
 def test_no_results_are_an_error(where, tmp_path):

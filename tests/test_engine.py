@@ -970,7 +970,7 @@ def test_the_committed_sets_are_what_this_code_generates(tmp_path):
     """The first batch of one set of each family, generated again from the committed models: the same but for rounding
     (a masked token may fall the other way on another processor)."""
     d = copy_repo(tmp_path/'repo', skip=())
-    sources = ('styles_g2', 'if_g2', 'muse_g2')
+    sources = ('guidance_2', 'mini_if', 'mini_muse')
     generated = ' '.join(f'generate@{s}' for s in sources)
     sh(f"git init -q && dvc pull -q prompts models@mini_sd models@mini_if models@mini_muse {generated}", d)
     for name in sources:

@@ -48,7 +48,7 @@ def test_numbers_may_be_classes_and_prompts(tmp_path):
     d['study']['classes'] = names
     d['prompts'] = dict(sets=dict(names=dict(by_class={n: [f'00{n}'] for n in names})))
     d['study']['seed_names'] = {}
-    d['data']['sets'] = {n: d['data']['sets'][n] for n in ('mnist', 'uci', 'rendered')}     # no damage to classes by name
+    d['data']['sets'] = {n: d['data']['sets'][n] for n in ('mnist', 'uci', 'rendered')}     # none damaged
     d['models'] = {'mini_sd': d['models']['mini_sd']}
     d['generate']['sources'] = {'plain': d['generate']['sources']['reference'] | {'prompts': 'names'}}
     d['quality']['sets'], d['laws'], d['report'] = {}, {}, {}
@@ -207,7 +207,8 @@ def test_a_model_folder_that_is_missing_or_broken_is_named(repo):
 
 # ---- the embedded study's own model
 
-@pytest.mark.parametrize('source, share, worst', [('names_g2', .95, .85), ('if_g2', .9, .75), ('muse_g2', .9, .75)])
+@pytest.mark.parametrize('source, share, worst', [
+    ('guidance_2', .95, .85), ('mini_if', .9, .75), ('mini_muse', .9, .75)])
 def test_the_embedded_models_generate_what_they_are_asked_for(source, share, worst):
     """The requirement on the three models, on the committed results: the evaluator trained on rendered digits names
     what was asked for."""

@@ -2,7 +2,8 @@
 import json
 import numpy as np, pandas as pd, pytest
 from hypothesis import assume, given, settings, strategies as st
-from conftest import ROOT
+from conftest import ROOT, copy_repo, sh
+from synthscale.components import METRICS_FITTED, read_images
 from synthscale.curves import curves_of
 from synthscale.laws import compare_slopes, equivalent, fit_curve, fit_ranges, fit_table, seed_slopes
 from synthscale.results import compute_marks, prune, read_curves, summary, t_interval
@@ -96,17 +97,30 @@ def test_prune_keeps_what_is_named(tmp_path):
     assert sorted(prune(tmp_path, ['a'])) == ['b', 'b.ipynb']
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'a.ipynb']
 
-def test_the_committed_results_say_the_same_everywhere():
-    "headline.json, laws.csv and comparisons.csv are what the committed curves.csv gives."
-    s = Study(ROOT)
+def kept_images(folder):
+    "The losses of single images, which intervals cover too: DVC keeps them, and brings them where they are not."
+    path = ROOT/'results'/'images.parquet'
+    if not path.exists():
+        d = copy_repo(folder/'repo', skip=())
+        sh('git init -q && dvc pull -q results/images.parquet', d)
+        path = d/'results'/'images.parquet'
+    return read_images(path)
+
+def test_the_committed_results_say_the_same_everywhere(tmp_path):
+    "headline.json, laws.csv and comparisons.csv are what the committed curves.csv gives, in every metric."
+    s, images = Study(ROOT), kept_images(tmp_path)
     df, ranges = read_curves(ROOT/'results'/'curves.csv'), fit_ranges(s)
     assert set(ranges) == {n for n, c in curves_of(s).items() if not (c.real and c.synthetic)}
-    laws, comparisons = fit_table(df, ranges, s.laws.x, s.laws.compare)
-    for name, fitted in dict(laws=laws, comparisons=comparisons).items():
-        committed = pd.read_csv(ROOT/'results'/f'{name}.csv')
-        committed = committed[committed.metric == 'loss'].reset_index(drop=True)
-        assert len(fitted) and set(fitted.metric) == {'loss'}
-        pd.testing.assert_frame_equal(fitted, committed, rtol=1e-6)
     h = json.loads((ROOT/'results'/'headline.json').read_text())
-    for l in laws.itertuples():
-        assert h['k'][l.curve][l.test_set]['k'] == pytest.approx(l.k, abs=6e-4)
+    kept = {name: pd.read_csv(ROOT/'results'/f'{name}.csv') for name in ('laws', 'comparisons')}
+    assert {*kept['laws'].metric} == {*METRICS_FITTED} and s.laws.metric in METRICS_FITTED
+    for metric in METRICS_FITTED:
+        leads = metric == s.laws.metric
+        tables = fit_table(df, ranges, s.laws.x, s.laws.compare, metric, images, s.laws.primary if leads else ())
+        for fitted, committed in zip(tables, kept.values()):
+            committed = committed[committed.metric == metric].reset_index(drop=True)
+            assert len(fitted) and set(fitted.metric) == {metric}
+            pd.testing.assert_frame_equal(fitted, committed, rtol=1e-6)
+        if not leads: continue
+        for l in tables[0].itertuples():
+            assert h['k'][l.curve][l.test_set]['k'] == pytest.approx(l.k, abs=6e-4)
