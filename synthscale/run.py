@@ -196,7 +196,7 @@ def stage_key() -> str:
     group, at, key = stage.removeprefix(f"{stage.partition('dvc.yaml:')[0]}dvc.yaml:").partition('@')
     if not at:
         raise StudyError("@ stands for the name of the stage that DVC runs, and DVC_STAGE has none: "
-                         "give the name itself, as in 'synthscale data -p name digits'")
+                         "give the name itself, as in 'synthscale data -p name mnist'")
     check_name(key, f'params.yaml: the name of the stage {group}')
     return key
 
@@ -452,7 +452,7 @@ def check(study: Study    # the study
     return int(bool(found))
 
 def explain(study: Study,     # the study
-            stage: str,       # e.g. classify@digits
+            stage: str,       # e.g. classify@mnist
             rev: str = ''     # a commit to compare with; '': the last run
            ) -> int:          # exit code
     "Print which module, parameter or input makes a stage stale."
@@ -511,7 +511,7 @@ def _tools():
     one.add_argument('--sense', action='append', default=[], help='CLASS=WNID: not the first sense; may be repeated')
     tool('check', 'print everything that is wrong in params.yaml', lambda a: check(Study(a.study)))
     one = tool('why', 'print what makes a stage stale', lambda a: explain(Study(a.study), a.stage, a.rev))
-    one.add_argument('stage', help='as DVC calls it, e.g. classify@digits')
+    one.add_argument('stage', help='as DVC calls it, e.g. classify@mnist')
     one.add_argument('--rev', default='', help='a commit to compare with (default: the last run)')
     one = tool('plan', 'what generated sets will take', lambda a: plan(Study(a.study), a.source, a.measure))
     one.add_argument('source', nargs='?', default='')

@@ -27,7 +27,7 @@ def git_files(root,          # the repository
         tar.extractall(folder, filter='data')
 
 def lock_entry(study: Study,    # the study
-               stage: str,      # e.g. classify@digits
+               stage: str,      # e.g. classify@mnist
                rev: str = ''    # a commit; '': the working tree
               ) -> dict:        # its entry in dvc.lock
     "What DVC noted when a stage ran."
@@ -88,7 +88,7 @@ def parameter_changes(entry: dict,    # of dvc.lock
 
 # %% ../nbs/10a_why.ipynb #abf8fcb2
 def input_changes(study: Study,    # the study
-                  stage: str,      # e.g. classify@digits
+                  stage: str,      # e.g. classify@mnist
                   entry: dict,     # of dvc.lock
                   rev: str         # the commit that it is of; '': the last run
                  ) -> list:        # (path, what)
@@ -113,7 +113,7 @@ def _code_then(study, entry, rev):
         return live_notebook(d, Path(path).name)
 
 def why(study: Study,        # the study
-        stage: str,          # as DVC calls it, e.g. classify@digits
+        stage: str,          # as DVC calls it, e.g. classify@mnist
         rev: str = ''        # a commit to compare with; '': the last run
        ) -> pd.DataFrame:    # what, name, before, now: one row per difference
     "What makes a stage stale."
