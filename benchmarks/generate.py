@@ -30,14 +30,15 @@ def study(images, compile='no', shard_size=1000, batch_size=250, steps=12, guida
     d = Path(tempfile.mkdtemp(prefix='synthscale-bench-'))
     p = YAML(typ='safe').load((ROOT/'params.yaml').read_text())
     p['data']['shard_size'] = shard_size
-    source = dict(model='mini_sd', prompts='styles', guidance_scale=guidance, n_images=images, steps=steps)
+    source = dict(model='mini_sd', prompts='templates', guidance_scale=guidance, n_images=images, steps=steps)
     p['generate'].update(batch_size=batch_size, compile=compile, sources={'bench': source})
     p['quality']['sets'], p['laws'], p['report'] = {}, {}, {}
-    p['classify'] |= dict(curves={'digits': p['classify']['curves']['digits']}, mixtures={})
+    p['classify'] |= dict(curves={'mnist': p['classify']['curves']['mnist']}, mixtures={})
     with open(d/'params.yaml', 'w') as f:
         YAML().dump(p, f)
     (d/'models').symlink_to(ROOT/'models')
     (d/'data').symlink_to(ROOT/'data')
+    (d/'prompts').symlink_to(ROOT/'prompts')
     (d/'sets').mkdir()
     (d/'runs').mkdir()
     (d/'runs'/'prompts').symlink_to(ROOT/'runs'/'prompts')

@@ -77,7 +77,7 @@ def with_remote(d):
     return dict(stages=stages, pull_cpu_s=pull, repro_cpu_s=repro, repro_ran=ran, noop_cpu_s=noop, noop_ran=again,
                 remote_mb=round(remote, 1)) | growth(new)
 
-def growth(clone, copies=10, like='names_g2'):
+def growth(clone, copies=10, like='guidance_2'):
     "CPU seconds of a run with nothing to do, with ten sources more: copies of one, which DVC is told were made."
     import ruamel.yaml
     yaml = ruamel.yaml.YAML()
