@@ -1280,6 +1280,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'synthscale.smoke._prompt_sets_made': ('smoke.html#_prompt_sets_made', 'synthscale/smoke.py'),
                                   'synthscale.smoke._scored': ('smoke.html#_scored', 'synthscale/smoke.py'),
                                   'synthscale.smoke._shrink_models': ('smoke.html#_shrink_models', 'synthscale/smoke.py'),
+                                  'synthscale.smoke._smoke_prompts': ('smoke.html#_smoke_prompts', 'synthscale/smoke.py'),
+                                  'synthscale.smoke._smoke_sets': ('smoke.html#_smoke_sets', 'synthscale/smoke.py'),
                                   'synthscale.smoke._smoke_sources': ('smoke.html#_smoke_sources', 'synthscale/smoke.py'),
                                   'synthscale.smoke.font_table': ('smoke.html#font_table', 'synthscale/smoke.py'),
                                   'synthscale.smoke.make_inputs': ('smoke.html#make_inputs', 'synthscale/smoke.py'),

@@ -71,6 +71,8 @@ def _shrink_models(m    # the section `models`; changed in place
                   ):
     "Networks that train in a second or two."
     text = dict(width=32, layers=1)
+    m['mini_sd']['text'] |= dict(length=16)
+    m['mini_muse']['text'] |= dict(length=16)
     m['mini_sd']['vae'] |= dict(channels=[8, 16], steps=60, batch_size=32)
     m['mini_sd']['text'] |= text
     m['mini_sd']['unet'] |= dict(channels=[16, 32], steps=60, batch_size=32)
@@ -79,6 +81,30 @@ def _shrink_models(m    # the section `models`; changed in place
     m['mini_muse']['vq'] |= dict(channels=[8, 16], latent_channels=4, codes=64, steps=40, batch_size=32)
     m['mini_muse']['text'] |= text
     m['mini_muse']['transformer'] |= dict(width=32, layers=1, steps=40, batch_size=32)
+
+def _smoke_sets() -> dict:
+    "Handwriting with all that is tested on, and the corpus."
+    return dict(
+        digits=dict(type='uci_digits', input='data/digits.csv.gz', n_ood=500, n_val=150, n_test=300),
+        rendered=dict(type='rendered_digits', input='data/fonts', splits=dict(train=120, held_out=80),
+                      shear=0.35, warp=2.5, stroke=0.8))
+
+_SHAPES = dict(
+    zero='a closed ring', one='a single upright stroke', two='a hook over a flat base',
+    three='two open bowls, one over the other', four='an open angle crossed by an upright',
+    five='a flat top over an open bowl', six='a tall curve into a closed bowl',
+    seven='a flat top and a slanting stroke', eight='two closed loops, one over the other',
+    nine='a closed bowl over a tall curve')
+
+def _smoke_prompts() -> dict:
+    "Three prompt sets of templates, without a class table."
+    faces = ['sans', 'monospaced', 'serif', 'times', 'modern roman', 'modern sans', 'typewriter']
+    styles = dict(templates=['a {weight} {slant} {name} in a {face} typeface',
+                             'the digit {name}, {weight} {slant}, {face}', '{name} ({weight} {slant} {face})'],
+                  fill=dict(weight=['regular', 'bold'], slant=['', 'italic'], face=faces))
+    return dict(words=dict(description=dict(_SHAPES)),
+                sets=dict(names=dict(templates=['{name}']), described=dict(templates=['{name}, {description}']),
+                          styles=styles))
 
 def _smoke_sources() -> dict:
     "Two sources with their curves."
@@ -93,9 +119,12 @@ def smoke_params() -> dict:
     "params.yaml of the smoke study: the embedded study at sizes that run in seconds."
     here = Path(__file__).parent if '__file__' in globals() else '.'
     p = read_yaml(repo_root(here)/'params.yaml')
-    p['study']['name'] = 'smoke'
-    p['data']['sets']['rendered']['splits'] = dict(train=120, held_out=80)
-    p['evaluators']['real_classifier']['n_images'], p['evaluators']['in_domain_classifier']['n_images'] = 200, 80
+    p['study'] |= dict(name='smoke', seed_names=dict(
+        rendered='typeset', held_out='judge', real_classifier='judge_real', in_domain_classifier='judge_concept'))
+    p['data']['sets'], p['prompts'] = _smoke_sets(), _smoke_prompts()
+    p['evaluators']['real_classifier'] |= dict(set='digits', n_images=200)
+    p['evaluators']['in_domain_classifier']['n_images'] = 80
+    p['models'] = {n: p['models'][n] for n in ('mini_sd', 'mini_if', 'mini_muse')}
     _shrink_models(p['models'])
     p['data']['shard_size'] = 100
     p['generate'] |= dict(batch_size=50, sources=_smoke_sources())
@@ -106,10 +135,12 @@ def smoke_params() -> dict:
     p['recipes'] = {'convnext_digits': p['recipes']['convnext_digits'] | dict(samples_seen_at_100=640, batch_size=32)}
     p['recipes']['convnext_digits']['arch']['kwargs'] |= dict(dims=[8, 8, 16, 16])
     p['classify'] |= dict(
+        eval=dict(set='digits', validation='val', test_splits=['test', 'ood'], ood_set='digits',
+                  in_domain_set='digits'),
         seeds=2, curves={n: dict(set=n, n_images=[20, 40, 80]) for n in ('digits', 'rendered')},
         mixtures=dict(grid=dict(real='digits', synthetic='names_g2', n_real=[20, 50], n_synthetic=[0, 40],
                                 real_share=.5)))
-    p['laws'] |= dict(
+    p['laws'] = dict(
         compare=[['digits', 'rendered'], ['digits', 'names_g2']],
         model_selection=dict(prompts=dict(among=['names_g2', 'styles_g1'], n_images=80, selected='names_g2')))
     p['report'] |= dict(scaling=['digits', 'names_g2', 'rendered'], mixing=['grid'], grids=['grid'], labels={},
