@@ -28,7 +28,7 @@ def test_a_declaration_that_was_changed_later_is_found(tmp_path):
         subprocess.run(['git', '-C', tmp_path, 'add', '-A'], check=True)
         who = ['-c', 'user.name=x', '-c', 'user.email=x@example.org']
         subprocess.run(['git', '-C', tmp_path, *who, 'commit', '-qm', 'x'], check=True)
-        return subprocess.run(['git', '-C', tmp_path, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
+        return subprocess.check_output(['git', '-C', tmp_path, 'rev-parse', 'HEAD'], text=True).strip()
     subprocess.run(['git', 'init', '-q', tmp_path], check=True)
     text = (DECLARED[0]/'params.yaml').read_text()
     first = write('params.yaml', text)
@@ -38,8 +38,9 @@ def test_a_declaration_that_was_changed_later_is_found(tmp_path):
     assert declared_as_now(tmp_path, '0'*40) is None
 
 @pytest.mark.parametrize('verdict, above, expected, found', [
-    ('not shown', True, 'higher', 'not shown'), ('differ', True, 'higher', 'holds'), ('differ', False, 'higher', 'does not hold'),
-    ('helps', False, 'lower', 'holds'), ('hurts', True, 'lower', 'does not hold'), ('these models', True, 'differ', 'holds for these models'),
+    ('not shown', True, 'higher', 'not shown'), ('differ', True, 'higher', 'holds'),
+    ('differ', False, 'higher', 'does not hold'), ('helps', False, 'lower', 'holds'),
+    ('hurts', True, 'lower', 'does not hold'), ('these models', True, 'differ', 'holds for these models'),
     ('these models', False, 'higher', 'does not hold')])
 def test_outcomes(verdict, above, expected, found):
     assert outcome(verdict, above, expected) == found
