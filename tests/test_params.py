@@ -11,7 +11,8 @@ GOOD = load(ROOT/'params.yaml')
 NAMED = {     # sections whose keys the user chooses
     ('models',), ('evaluators',), ('prompts', 'words'), ('prompts', 'words', 'description'), ('prompts', 'sets'),
     ('generate', 'sources'), ('laws', 'model_selection'), ('data', 'sets'), ('quality', 'sets'), ('classify', 'curves'),
-    ('classify', 'mixtures'), ('report', 'labels'), ('recipes',), ('study', 'seed_names')}
+    ('classify', 'mixtures'), ('report', 'labels'), ('report', 'panels'), ('recipes',),
+    ('study', 'seed_names')}
 
 def study(data):
     return Study(ROOT, data)
@@ -77,6 +78,8 @@ CASES = [
     (lambda d: d['laws'].update(compare=[['digits', 'real50_rendered']]),
      "laws.compare is 'real50_rendered': no such curve of one set"),
     (lambda d: d['report'].update(scaling=['digits', 'renderd']), "report.scaling is 'renderd'"),
+    (lambda d: d['report'].update(panels={'real': ['digits', 'renderd']}), "report.panels.real is 'renderd'"),
+    (lambda d: d['report']['labels'].update(tset='on paper'), "(did you mean 'test'?)"),
     (lambda d: d['study'].update(classes=['zero', 'one', 'zero']), "study.classes names 'zero' twice"),
     (lambda d: d['classify']['curves']['digits'].update(n_images=[0]), 'a point without any image'),
     (lambda d: d['classify']['curves']['digits'].update(n_images=[-10]), 'classify.curves.digits.n_images.0'),
