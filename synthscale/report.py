@@ -132,7 +132,7 @@ def legend(fig,       # matplotlib figure
                       title=note or None, title_fontsize=7.5, alignment='left')
     made.get_title().set_color('.3')
 
-# %% ../nbs/09_report.ipynb #5d90e311
+# %% ../nbs/09_report.ipynb #2d173dd8
 def _figure(path,       # file
             plot,       # one of the plot_ functions below
             panels,     # what it gets after the axes, one tuple per panel
@@ -196,8 +196,8 @@ def _rows(table, curve, test_set, by=None):
     return rows.sort_values(by) if by else rows
 
 def _errors(m, up=np.inf):
-    "Distances to both ends of an interval; none reaches below 2 % of the mean, or `up` times the mean above it."
-    return np.minimum(_spans(m['mean'], m.ci_lo, m.ci_hi), m['mean'].to_numpy()*np.array([[.98], [up]]))
+    "Distances to both ends of an interval; none reaches below a tenth of the mean, or `up` times the mean above it."
+    return np.minimum(_spans(m['mean'], m.ci_lo, m.ci_hi), m['mean'].to_numpy()*np.array([[.9], [up]]))
 
 def _line(l, n):
     "The straight line of a row of laws.csv."
@@ -276,6 +276,7 @@ def plot_scaling(ax,                   # matplotlib axes
     unlooked = means[means.curve.isin(curves) & (means.test_set == test_set)]
     return _scaling_notes(unlooked, _rows_of(laws, test_set), ahead)
 
+# %% ../nbs/09_report.ipynb #beb67d28
 def _rows_of(table, test_set):
     "The rows on one test set."
     return table[table.test_set == test_set] if len(table) else table
@@ -283,13 +284,15 @@ def _rows_of(table, test_set):
 def _plain_ticks(ax):
     "Decimal numbers on a logarithmic axis of losses: at 1, 2 and 5, at more places where it is short."
     lo, hi = ax.get_ylim()
-    places = (1, 2, 5) if hi > 8*lo else (1, 1.5, 2, 3, 4, 6, 8) if hi > 2*lo else np.arange(1, 10, .2)
+    places = (1, 2, 5) if hi > 8*lo else (1, 1.5, 2, 3, 4, 6, 8) if hi > 3*lo else np.arange(1, 10, .5)
     ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(10, places))
     ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f'{v:g}'))
     ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 def _counts(ax):
-    "Numbers of images on a logarithmic axis as they are written."
+    "Numbers of images on a logarithmic axis as they are written: at powers of ten, at more places where it is short."
+    lo, hi = ax.get_xlim()
+    ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(10, (1, 2, 5) if hi < 30*lo else (1,)))
     ax.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f'{v:,.0f}' if v >= 1 else ''))
     ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
@@ -383,13 +386,15 @@ def plot_exchange(ax,             # matplotlib axes
             ax.plot([], [], ls='', label=f'{label}, {words(test_set)}: {_bounds_alone(g)}')
     ax.axhline(1, color='.6', lw=.8)
     ax.set(xscale='log', yscale='log', xlabel='images of the curve that is paid for')
-    if not drawn: _span(ax, at_each.n_real)
+    if not drawn:
+        _span(ax, at_each.n_real)
+        ax.text(.5, .6, 'bounds alone, see below', ha='center', color='.4', transform=ax.transAxes)
     _upright(ax, 'images that pay for one, at equal', words.loss(test_set))
     _counts(ax)
     _plain_ticks(ax)
     bounds = any(g.bound.isin(['<', '>']).any() for p, g in pairs if p in drawn)
     arrows = ['Arrows: bounds, since one curve does not reach the loss of the other.']*bounds
-    return [_BARS, 'Fill: the curve that pays; edge: the one that is paid for.', *arrows]
+    return [_BARS, 'Fill: the curve that pays; edge: the one that is paid for.', *arrows] if drawn else []
 
 # %% ../nbs/09_report.ipynb #adb75440
 def _gains(ax, g, look, apart, full):
@@ -616,7 +621,7 @@ def plot_relations(ax,                      # matplotlib axes
     _upright(ax, words.loss(test_set), *_at(f))
     return ['Bars: 95 % intervals, over images (across) and seeds (upright).', *_fewer(f.n_seeds)]
 
-# %% ../nbs/09_report.ipynb #79cb1e0a
+# %% ../nbs/09_report.ipynb #6a199c84
 _DAMAGES = {'absent': 'absent', 'rare': 'rare', 'mislabelled': 'mislabelled', 'named instead': 'named\ninstead',
             'none': 'none'}     # as damage.csv has them -> words
 
@@ -862,7 +867,7 @@ def plot_table(means: pd.DataFrame,  # rows as in summary.csv, of the leading me
 def make_report(study: Study   # the study
                ) -> dict:
     "Write the figures, and headline.json, factors.csv, costs.csv and plot_loss.csv to results/; returns the headline."
-    rep, results = study.report, study.path('results')
+    results = study.path('results')
     t, words, scaling = Tables(results, metric=study.laws.metric), words_of(study), headline_curves(study)
     t.given['factors'] = factor_table(study, t.means, t.quality)
     styles = study_styles(study)
