@@ -502,10 +502,14 @@ def _check_report(c):
     for key in ('scaling', 'mixing', 'grids'):
         for n in getattr(s.report, key):
             c.ref(f'report.{key}', n, curves, _CURVE)
+    for words, names in s.report.panels.items():
+        for n in names:
+            c.ref(f'report.panels.{words}', n, curves, _CURVE)
     for n in s.report.samples:
         c.ref('report.samples', n, s.sets, _ANY_SET)
     for n in s.report.labels:
-        c.ref('report.labels', n, [*curves, *s.sets, *s.prompts.every], 'curve, set or prompt set')
+        known = [*curves, *s.sets, *s.prompts.every, *s.classify.eval.every]
+        c.ref('report.labels', n, known, 'curve, set, prompt set or test split')
 
 _CHECKS = (_check_classes, _check_sets, _check_case, _check_images, _check_models, _check_prompts, _check_written,
            _check_sources, _check_recipes, _check_evaluators, _check_filters, _check_eval, _check_curves, _check_laws,

@@ -4,7 +4,7 @@
 
 # %% ../nbs/09_report.ipynb #11e03a90
 from __future__ import annotations
-import itertools, json
+import itertools, json, textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Union
@@ -19,43 +19,69 @@ from .results import summary
 from .study import Ident, Positive, Section, Study, StudyError, write_atomic, write_csv
 
 # %% auto #0
-__all__ = ['ReportSection', 'labels_of', 'style', 'axes', 'save', 'plot_scaling', 'plot_exponents', 'plot_residuals',
-           'plot_exchange', 'plot_mixing', 'plot_grid', 'factor_table', 'plot_guidance', 'plot_prompt_sets',
-           'plot_generators', 'plot_quality', 'class_means', 'plot_classes', 'plot_samples', 'Tables', 'headline',
-           'predictions', 'cost_table', 'headline_curves', 'plot_table', 'make_report', 'report_table']
+__all__ = ['METRICS', 'ReportSection', 'labels_of', 'Words', 'words_of', 'style', 'axes', 'save', 'legend', 'leading',
+           'plot_scaling', 'plot_exponents', 'plot_residuals', 'plot_exchange', 'plot_mixing', 'plot_grid',
+           'loss_colours', 'factor_table', 'plot_guidance', 'plot_prompt_sets', 'plot_generators', 'plot_quality',
+           'plot_relations', 'plot_damage', 'class_means', 'plot_classes', 'plot_samples', 'Tables', 'headline',
+           'predictions', 'cost_table', 'headline_curves', 'plot_table', 'make_report', 'study_styles', 'report_table']
 
 # %% ../nbs/09_report.ipynb #4ce38288
 class ReportSection(Section):
     "What the figures show; the tables hold every curve of the study anyway."
-    scaling: list[Ident] = []          # curves in the headline figure; [] for all curves of one set
+    scaling: list[Ident] = []          # curves in the headline figure, best few; [] for all curves of one set
+    panels: dict[str, list[Ident]] = {}     # words -> curves of one panel of a second figure, all with the same axes
     mixing: list[Ident] = []           # curves that add synthetic images to a fixed number of real ones
     grids: list[Ident] = []            # curves shown as n_real x n_synthetic
-    labels: dict[Ident, str] = {}      # curve, set or prompt set: words for it in figures
+    labels: dict[Ident, str] = {}      # curve, set, prompt set or split of the tests: words for it in figures, on axes
+                                       # "cross-entropy on" them; what has no words has its name
     samples: list[Ident] = []          # sets shown as image grids
     factors_n_images: Union[Positive, None] = None   # size at which guidance, prompt sets and quality are compared
 
 # %% ../nbs/09_report.ipynb #f09c806a
 def labels_of(study: Study    # the study
-             ) -> dict:       # curve, set or prompt set -> words
-    "Words for curves and sets in figures."
+             ) -> dict:       # curve, set, prompt set or split -> words
+    "Words for curves, sets and splits in figures."
     sources = study.raw.get('generate', {}).get('sources', {})
     return {n: s['label'] for n, s in sources.items() if s.get('label')} | dict(study.report.labels)
 
+METRICS = dict(loss='cross-entropy', loss_calibrated='cross-entropy, one temperature', error='error rate')
+
+@dataclass(frozen=True)
+class Words:
+    "What figures say in the place of names."
+    labels: dict = field(default_factory=dict)    # name -> words, as `labels_of` gives them
+    metric: str = METRICS['loss']                 # words for the leading metric
+
+    def __call__(self, name):
+        "The words for a name."
+        return self.labels.get(name, name)
+
+    def loss(self, test_set):
+        "The words for the leading metric on a test split."
+        return f"{self.metric}{',' if ',' in self.metric else ''} on {self(test_set)}"
+
+def words_of(study: Study    # the study
+            ) -> Words:
+    "What the figures of a study say."
+    return Words(labels_of(study), METRICS[study.laws.metric])
+
 # %% ../nbs/09_report.ipynb #c9df7c20
 _MARKERS = 'osD^vPX*<>'
-
-def _colours(n):
-    "n colours. Seaborn takes seconds to import, so it is imported where something is plotted."
-    import seaborn as sns
-    return sns.color_palette('colorblind', n)
+_COLOURS = ['#0173b2', '#de8f05', '#029e73', '#d55e00', '#cc78bc', '#56b4e9', '#ca9161', '#7f7f7f']    # Seaborn's
+                             # "colorblind" without its pale pink and its yellow, which are lost on white paper
 
 def style(curves: list,          # in the order in which colours are given
-          labels: dict = None    # curve -> words
+          labels: dict = None,   # curve -> words
+          together: tuple = ()   # lists of curves that are in one panel: of different colours, while there are enough
          ) -> dict:              # curve -> dict(color, marker, label)
-    "Colour, marker and label of each curve, the same in every figure."
-    styles = {}
-    for i, (c, colour) in enumerate(zip(curves, _colours(max(len(curves), 1)))):
-        styles[c] = dict(color=colour, marker=_MARKERS[i % len(_MARKERS)], label=(labels or {}).get(c, c))
+    "Colour, marker and label of each curve, the same in every figure; a colour comes again with another marker."
+    styles, had = {}, {c: [] for c in _COLOURS}            # colour -> its markers
+    for i, c in enumerate(curves):
+        beside = [styles[o]['color'] for panel in together if c in panel for o in panel if o in styles]
+        colour = min(_COLOURS, key=lambda k: (beside.count(k), len(had[k])))
+        turned = _MARKERS[i % len(_MARKERS):]+_MARKERS[:i % len(_MARKERS)]
+        had[colour].append(min(turned, key=had[colour].count))
+        styles[c] = dict(color=colour, marker=had[colour][-1], label=(labels or {}).get(c, c))
     return styles
 
 # %% ../nbs/09_report.ipynb #e695bc7e
@@ -88,186 +114,367 @@ def save(fig,      # matplotlib figure
     plt.close(fig)
     return path
 
+def legend(fig,       # matplotlib figure
+           notes=()   # sentences on what the marks mean, as the plot_ functions return them
+          ):
+    "One legend of all panels under them, where it hides no point; the figure grows by its height."
+    found = {}
+    for ax in fig.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            found.setdefault(label, handle)
+    if not found and not notes: return
+    width, height = fig.get_size_inches()
+    columns = max(1, min(len(found), int(width/(.55+.062*max(map(len, found), default=0)))))
+    note = textwrap.fill(' '.join(dict.fromkeys(notes)), int(18*width))
+    lines = -(-len(found)//columns)
+    fig.set_size_inches(width, height+.2+.18*lines+.14*bool(note)*(1+note.count('\n')))
+    made = fig.legend(found.values(), found, loc='outside lower left', ncols=columns, frameon=False, fontsize=8,
+                      title=note or None, title_fontsize=7.5, alignment='left')
+    made.get_title().set_color('.3')
+
+# %% ../nbs/09_report.ipynb #2d173dd8
 def _figure(path,       # file
             plot,       # one of the plot_ functions below
             panels,     # what it gets after the axes, one tuple per panel
+            bar='',     # words of a colour bar that all panels share
             **kw        # for `axes`
            ):
     "A figure whose panels are plotted by the same function; none without panels."
     if not panels: return
     fig, several = axes(len(panels), **kw)
-    for ax, args in zip(several, panels):
-        plot(ax, *args)
+    notes = [plot(ax, *args) or [] for ax, args in zip(several, panels)]
+    if bar:
+        holes = fig.axes[len(panels):]           # the bar fills the last row where that has a gap
+        place = dict(ax=holes, location='top', fraction=.3) if holes else dict(ax=several, shrink=.8)
+        made = fig.colorbar(several[0].images[0], label=bar, **place)
+        if isinstance(made.norm, matplotlib.colors.LogNorm): _plain_ticks(made.ax)
+    legend(fig, list(itertools.chain(*notes)))
     save(fig, path)
 
+def _columns(n):
+    "Panels in a row, so that the last row has the fewest gaps."
+    return min(n, min((3, 2, 4), key=lambda c: -n % c))
+
+def _spans(value, lo, hi):
+    "Distances from values to both ends of their intervals, 0 where there are none."
+    return np.nan_to_num(np.clip(np.array([value-lo, hi-value], float), 0, None))
+
+_SIZES = {'*': 9, 'P': 6.5, 'X': 6.5, 'h': 7, 'p': 7, 'd': 7}      # shapes that look small
+
+def _dot(ax, x, y, look, hollow=False, **kw):
+    "A point in the look of its curve with its intervals; its place in the legend has none."
+    how = dict(color=look['color'], marker=look['marker'], mfc='white' if hollow else look['color'], ls='')
+    how |= dict(mec=look['color'], ms=_SIZES.get(look['marker'], 5))
+    ax.errorbar(x, y, capsize=2, elinewidth=1, **how, **kw)
+    ax.plot([], [], label=look['label'], **how)
+
+def _upright(ax, *lines):
+    "The words of the y axis, in lines that are no longer than the axis."
+    lines = '\n'.join(l if len(l) < 42 else l.replace(' on ', '\non ', 1) for l in lines).split('\n')
+    ax.set_ylabel('\n'.join(textwrap.fill(l, 42) for l in lines))
+
+_BARS = 'Bars: 95 % intervals over seeds.'
+
+def _fewer(n_seeds):
+    "What hollow points mean, where some have fewer seeds than others."
+    few = sorted(set(n_seeds.dropna().astype(int)))
+    return [f"Hollow: {', '.join(map(str, few[:-1]))} seeds, not {few[-1]}."] if len(few) > 1 else []
+
 # %% ../nbs/09_report.ipynb #9bfe3ea0
-def _loss(means, curve, test_set, by):
-    "The mean losses of one curve on one test set, in the order of a column."
-    m = means[(means.curve == curve) & (means.test_set == test_set) & (means.metric == 'loss')]
-    return m.sort_values(by)
+def leading(means: pd.DataFrame,  # rows as in summary.csv
+            metric: str           # as laws.metric
+           ) -> pd.DataFrame:
+    "The rows of the leading metric; an error rate is what the top-1 accuracy lacks."
+    if metric != 'error': return means[means.metric == metric]
+    m = means[means.metric == 'top1']
+    return m.assign(**{'metric': metric, 'mean': 1-m['mean'], 'ci_lo': 1-m.ci_hi, 'ci_hi': 1-m.ci_lo})
+
+def _rows(table, curve, test_set, by=None):
+    "The rows of one curve on one test set, in the order of a column."
+    if not len(table): return table
+    rows = table[(table.curve == curve) & (table.test_set == test_set)]
+    return rows.sort_values(by) if by else rows
 
 def _errors(m, up=np.inf):
-    "Distances to both ends of an interval; none reaches below 2 % of the mean, or `up` times the mean above it."
-    spans = np.array([m['mean']-m.ci_lo, m.ci_hi-m['mean']])
-    return np.nan_to_num(np.clip(spans, 0, m['mean'].to_numpy()*np.array([[.98], [up]])))
+    "Distances to both ends of an interval; none reaches below a tenth of the mean, or `up` times the mean above it."
+    return np.minimum(_spans(m['mean'], m.ci_lo, m.ci_hi), m['mean'].to_numpy()*np.array([[.9], [up]]))
 
 def _line(l, n):
     "The straight line of a row of laws.csv."
     return l.loss_mid*(n/l.n_mid)**-l.k
 
-def _plot_curve(ax, m, law, forecast, look):
-    "One curve of `plot_scaling`."
-    ax.errorbar(m.n, m['mean'], _errors(m, 9), fmt='none', ecolor=look['color'], elinewidth=1, capsize=2)
-    label = look['label']
-    if law is None:
-        ax.plot(m.n, m['mean'], color=look['color'], lw=.8, ls=':')
-    else:
-        x = np.geomspace(law.n_lo, law.n_hi, 50)
-        ax.plot(x, _line(law, x), color=look['color'], lw=1.2)
-        label += f'   k = {law.k:.2f}' + (f' [{law.ci_lo:.2f}, {law.ci_hi:.2f}]' if np.isfinite(law.ci_lo) else '')
-    if forecast is not None:
-        forecast = forecast.sort_values('n')
-        ax.plot(forecast.n, forecast.loss, color=look['color'], ls='--', lw=1)
-        ax.fill_between(forecast.n, forecast.ci_lo, forecast.ci_hi, color=look['color'], alpha=.13, lw=0)
-    for mark, how in _MARKS.items():
-        here = (m.compute == mark).to_numpy()
-        ax.plot(m.n[here], m['mean'][here], ls='', marker=look['marker'], color=look['color'], mec=look['color'], **how)
-    ax.plot([], [], ls='', marker=look['marker'], color=look['color'], label=label)
+def _seeds(n_seeds, most):
+    "How many seeds a curve has, where these are fewer than the most."
+    few, many = int(n_seeds.min()), int(n_seeds.max())
+    return '' if few == most else f' ({few} seeds)' if few == many else f' ({few} to {many} seeds)'
 
 # Points whose training was doubled: full where the loss stayed, empty where it moved; pale: nobody looked.
 _MARKS = {'checked': {}, 'limited': dict(mfc='white'), 'not checked': dict(alpha=.45)}
+_MEANING = {'checked': 'Full points: trained twice as long, the loss stayed.',
+            'limited': 'Hollow: trained twice as long, the loss moved.', 'not checked': 'Pale: not trained for longer.'}
+
+def _plot_curve(ax, m, law, look, label, apart):
+    "Points of one curve of `plot_scaling`, a little beside those of the others, and its line."
+    ax.errorbar(m.n*apart, m['mean'], _errors(m, 9), fmt='none', ecolor=look['color'], elinewidth=1, capsize=2)
+    x = m.n if law is None else np.geomspace(law.n_lo, law.n_hi, 50)
+    ax.plot(x, m['mean'] if law is None else _line(law, x), color=look['color'], lw=1, ls=':' if law is None else '-')
+    for mark, how in _MARKS.items():
+        here = (m.compute == mark).to_numpy()
+        ax.plot(m.n[here]*apart, m['mean'][here], ls='', marker=look['marker'], color=look['color'],
+                mec=look['color'], **how)
+    ax.plot([], [], ls='', marker=look['marker'], color=look['color'], label=label)
+
+def _plot_forecast(ax, forecast, look, apart):
+    "A dashed line with a bracket at its end."
+    f = forecast.sort_values('n')
+    last = f.iloc[-1]
+    ax.plot(f.n, f.loss, color=look['color'], ls='--', lw=.8, alpha=.7)
+    ax.errorbar(last.n*apart, last.loss, _spans(last.loss, last.ci_lo, last.ci_hi)[:, None], fmt='none',
+                ecolor=look['color'], elinewidth=.8, capsize=3, alpha=.7)
 
 # %% ../nbs/09_report.ipynb #2ea4d717
+def _with_k(label, law):
+    "The label of a curve with its exponent."
+    if law is None: return label
+    return f'{label}   k = {law.k:.2f}'+(f' [{law.ci_lo:.2f}, {law.ci_hi:.2f}]' if np.isfinite(law.ci_lo) else '')
+
+def _scaling_notes(shown, laws, ahead):
+    "What there is to be said on the marks of `plot_scaling`."
+    marks, fitted = set(shown.compute), [c in set(laws.curve) if len(laws) else False for c in shown.curve.unique()]
+    notes = [_BARS] if shown.ci_lo.notna().any() else []
+    notes += ['Lines: fitted power laws, with their exponents k [95 %].']*any(fitted)
+    notes += ['Dotted: not fitted.']*(not all(fitted))
+    notes += [f'Dashed: forecast, its end with intervals of {100*level:.0f} %.' for level in ahead[:1]]
+    return notes+[words for mark, words in _MEANING.items() if mark in marks and marks != {'not checked'}]
+
 def plot_scaling(ax,                   # matplotlib axes
-                 means: pd.DataFrame,  # rows as in summary.csv, with a column n
-                 laws: pd.DataFrame,   # rows as in laws.csv, of the loss
+                 means: pd.DataFrame,  # rows as in summary.csv, of one metric, with a column n
+                 laws: pd.DataFrame,   # rows as in laws.csv, of the same metric
                  test_set: str,        # name of the test split
                  styles: dict,         # from `style`
-                 forecasts=None        # rows as in forecasts.csv: a dashed line and a band beyond the last size
-                ):
+                 forecasts=None,       # rows as in forecasts.csv: dashed lines beyond the last size
+                 words=Words(),        # of axes
+                 title=''              # words above
+                ) -> list:             # sentences on what the marks mean
     "Loss against n_images for each curve in `styles`, with its fitted line and, clearly apart, its forecast."
-    for c, look in styles.items():
-        m = _loss(means, c, test_set, 'n')
-        if not len(m): continue
-        law = laws[(laws.curve == c) & (laws.test_set == test_set)] if len(laws) else laws
-        ahead = None if forecasts is None else forecasts[(forecasts.curve == c) & (forecasts.test_set == test_set)]
-        _plot_curve(ax, m, law.iloc[0] if len(law) else None, ahead, look)
-    ax.set(xscale='log', yscale='log', xlabel='training images', ylabel=f'loss on {test_set}')
+    shown = means[means.curve.isin(list(styles)) & (means.test_set == test_set)]
+    if set(shown.compute) == {'not checked'}: shown = shown.assign(compute='checked')     # full points say nothing then
+    curves, most, ahead = [c for c in styles if c in set(shown.curve)], shown.n_seeds.max(), []
+    for i, c in enumerate(curves):
+        m, law = _rows(shown, c, test_set, 'n'), _rows(laws, c, test_set)
+        law = law.iloc[0] if len(law) else None
+        label, apart = _with_k(styles[c]['label'], law)+_seeds(m.n_seeds, most), 1.02**(i-(len(curves)-1)/2)
+        _plot_curve(ax, m, law, styles[c], label, apart)
+        f = [] if forecasts is None else _rows(forecasts, c, test_set)
+        if not len(f): continue
+        _plot_forecast(ax, f, styles[c], apart**2)
+        ahead.append(f.level.iloc[0])
+    ax.set(xscale='log', yscale='log', xlabel='training images', title=title)
+    _upright(ax, words.loss(test_set))
     _plain_ticks(ax)
-    _legend_below(ax)
+    _counts(ax)
+    unlooked = means[means.curve.isin(curves) & (means.test_set == test_set)]
+    return _scaling_notes(unlooked, _rows_of(laws, test_set), ahead)
 
-def _legend_below(ax, **kw):
-    "The legend under the axes, where it hides no point."
-    ax.legend(frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(0, -.16), borderaxespad=0, **kw)
+# %% ../nbs/09_report.ipynb #beb67d28
+def _rows_of(table, test_set):
+    "The rows on one test set."
+    return table[table.test_set == test_set] if len(table) else table
 
 def _plain_ticks(ax):
-    "Decimal numbers on the loss axis, at 1, 2 and 5."
-    ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(10, (1, 2, 5)))
+    "Decimal numbers on a logarithmic axis of losses: at 1, 2 and 5, at more places where it is short."
+    lo, hi = ax.get_ylim()
+    places = (1, 2, 5) if hi > 8*lo else (1, 1.5, 2, 3, 4, 6, 8) if hi > 3*lo else np.arange(1, 10, .5)
+    ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(10, places))
     ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f'{v:g}'))
     ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
+def _counts(ax):
+    "Numbers of images on a logarithmic axis as they are written: at powers of ten, at more places where it is short."
+    lo, hi = ax.get_xlim()
+    ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(10, (1, 2, 5) if hi < 30*lo else (1,)))
+    ax.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f'{v:,.0f}' if v >= 1 else ''))
+    ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
 # %% ../nbs/09_report.ipynb #950e3dfb
-def plot_exponents(ax,     # matplotlib axes
-                   laws,   # rows as in laws.csv, of the loss
-                   tests,  # names of test splits
-                   styles  # from `style`
-                  ):
-    "k of every curve with its interval, one colour per test split."
-    names = list(dict.fromkeys(laws.curve))
-    for i, (t, colour) in enumerate(zip(tests, _colours(len(tests)))):
-        l = laws[laws.test_set == t].set_index('curve').reindex(names)
-        y = np.arange(len(names))+.2*(i-(len(tests)-1)/2)
-        err = np.nan_to_num(np.clip(np.array([l.k-l.ci_lo, l.ci_hi-l.k]), 0, None))
-        ax.errorbar(l.k, y, xerr=err, fmt=_MARKERS[i], color=colour, capsize=2, ms=4, label=t)
+def plot_exponents(ax,             # matplotlib axes
+                   laws,           # rows as in laws.csv, of one metric
+                   tests,          # names of test splits
+                   styles,         # from `style`
+                   words=Words()   # for the splits
+                  ) -> list:       # sentences on what the marks mean
+    "k of every curve with its interval, the highest on the first test split first, one shape per split."
+    first = laws[laws.test_set == tests[0]].set_index('curve').k
+    names = sorted(dict.fromkeys(laws.curve), key=lambda c: -first.get(c, -np.inf))
+    shown, most = laws[laws.test_set.isin(tests)], laws.n_seeds.max()
+    for l in shown.itertuples():
+        i = tests.index(l.test_set)
+        y = names.index(l.curve)+.22*(i-(len(tests)-1)/2)
+        look = dict(color=styles[l.curve]['color'], marker=_MARKERS[i], label='')
+        _dot(ax, l.k, y, look, l.n_seeds < most, xerr=_spans(l.k, l.ci_lo, l.ci_hi)[:, None])
+    for i, t in enumerate(tests):
+        ax.plot([], [], ls='', marker=_MARKERS[i], color='.3', label=words(t))
     ax.set_yticks(range(len(names)), [styles[c]['label'] for c in names])
     ax.invert_yaxis()
     ax.axvline(0, color='.6', lw=.8)
-    ax.set(xlabel='k')
-    ax.legend(frameon=False, fontsize=8)
+    ax.set(xlabel=f'exponent k of the {words.metric}')
+    covers = ', '.join(dict.fromkeys(shown.covers))
+    return [f'Bars: 95 % intervals over {covers}.', *_fewer(shown.n_seeds)]
 
-def plot_residuals(ax,        # matplotlib axes
-                   means,     # rows as in summary.csv, with a column n
-                   laws,      # rows as in laws.csv, of the loss
-                   test_set,  # name of the test split
-                   styles     # from `style`
-                  ):
-    "Mean loss over the straight line of its curve."
+def plot_residuals(ax,             # matplotlib axes
+                   means,          # rows as in summary.csv, of one metric, with a column n
+                   laws,           # rows as in laws.csv, of the same metric
+                   test_set,       # name of the test split
+                   styles,         # from `style`
+                   words=Words()   # of axes
+                  ) -> list:       # sentences on what the marks mean
+    "Mean loss over the straight line of its curve, with the interval of the mean as a band."
     for l in laws[laws.test_set == test_set].itertuples():
-        m, look = _loss(means[means.n.between(l.n_lo, l.n_hi)], l.curve, test_set, 'n'), styles[l.curve]
-        ax.plot(m.n, m['mean']/_line(l, m.n), ms=4, lw=.8, **look)
+        m, look = _rows(means[means.n.between(l.n_lo, l.n_hi)], l.curve, test_set, 'n'), styles[l.curve]
+        line = _line(l, m.n).to_numpy()
+        ratio, (below, above) = m['mean']/line, _errors(m)/line
+        ax.fill_between(m.n, ratio-below, ratio+above, color=look['color'], alpha=.1, lw=0)
+        ax.plot(m.n, ratio, ms=4, lw=1, **look)
     ax.axhline(1, color='.6', lw=.8)
-    ax.set(xscale='log', xlabel='training images', ylabel=f'loss on {test_set} / straight line')
-    _legend_below(ax)
+    ax.set(xscale='log', xlabel='training images')
+    _upright(ax, words.loss(test_set), '/ straight line')
+    _counts(ax)
+    return ['Bands: 95 % intervals of the mean over seeds; the line is taken as exact.']
 
 # %% ../nbs/09_report.ipynb #da4a7803
-def plot_exchange(ax,        # matplotlib axes
-                  exchange,  # rows as in exchange.csv
-                  test_set,  # name of the test split
-                  styles     # from `style`
-                 ):
+def _pair(styles, a, b):
+    "The look of a pair: the second curve's, with an edge of the first one's colour."
+    return dict(color=styles[b]['color'], marker=styles[b]['marker'], mec=styles[a]['color'], ls='')
+
+def _span(ax, sizes):
+    "An empty axis of numbers of images with the limits that it would have."
+    lo, hi = (sizes.min(), sizes.max()) if len(sizes) else (10, 100)
+    ax.set_xlim(lo/1.5, hi*1.5)
+
+def _bounds_alone(g):
+    "What the bounds of a pair without any rate say."
+    said = [f'over {e.rate:.2g} at {e.n_real:,.0f}' if e.bound == '>' else f'under {e.rate:.2g} at {e.n_real:,.0f}'
+            for e in g.iloc[[0, -1]].itertuples()]
+    return 'bounds alone, '+' to '.join(dict.fromkeys(said)) if len(g) else 'no rate'
+
+def _plot_pair(ax, g, look, label, apart):
+    "The rates of one pair, and its bounds as arrows."
+    e = g[g.bound == '=']
+    ax.errorbar(e.n_real*apart, e.rate, _spans(e.rate, e.ci_lo, e.ci_hi), ms=5, mew=1.3, capsize=2, elinewidth=1,
+                label=label, **look)
+    for bound, arrow in (('>', matplotlib.markers.CARETUPBASE), ('<', matplotlib.markers.CARETDOWNBASE)):
+        e = g[g.bound == bound]
+        ax.plot(e.n_real*apart, e.rate, ms=5, mew=.8, **(look | dict(marker=arrow)))
+
+def plot_exchange(ax,             # matplotlib axes
+                  exchange,       # rows as in exchange.csv
+                  test_set,       # name of the test split
+                  styles,         # from `style`
+                  words=Words()   # for the split
+                 ) -> list:       # sentences on what the marks mean
     "Images of one curve per image of the other, at equal loss; each pair in the marker of the second curve."
     at_each = exchange[(exchange.test_set == test_set) & (exchange.loss_of == 'real')]
-    pairs = at_each.groupby(['real', 'synthetic'], sort=False)
-    for colour, ((a, b), g) in zip(_colours(len(pairs)), pairs):
+    pairs = list(at_each.groupby(['real', 'synthetic'], sort=False))
+    drawn = [p for p, g in pairs if (g.bound == '=').any()]
+    for (a, b), g in pairs:
         g = g.dropna(subset='rate').sort_values('n_real')
-        e = g[g.bound == '=']
-        err = np.nan_to_num(np.clip(np.array([e.rate-e.ci_lo, e.ci_hi-e.rate], float), 0, None))
-        label = f"{styles[b]['label']}\n    for one of {styles[a]['label']}"
-        ax.errorbar(e.n_real, e.rate, err, color=colour, marker=styles[b]['marker'], ms=4, capsize=2, lw=1, label=label)
-        for bound, arrow in (('>', r'$\uparrow$'), ('<', r'$\downarrow$')):
-            e = g[g.bound == bound]
-            ax.plot(e.n_real, e.rate, marker=arrow, color=colour, ms=8, mew=.2, ls='')
-    ax.set(xscale='log', yscale='log', xlabel='images of the curve that is paid for',
-           ylabel=f'images that pay for one of them ({test_set})')
-    _legend_below(ax)
+        label = f"{styles[b]['label']}  for one of  {styles[a]['label']}"
+        if (a, b) in drawn:
+            apart = 1.12**(drawn.index((a, b))-(len(drawn)-1)/2)
+            _plot_pair(ax, g, _pair(styles, a, b), label, apart)
+        else:
+            ax.plot([], [], ls='', label=f'{label}, {words(test_set)}: {_bounds_alone(g)}')
+    ax.axhline(1, color='.6', lw=.8)
+    ax.set(xscale='log', yscale='log', xlabel='images of the curve that is paid for')
+    if not drawn:
+        _span(ax, at_each.n_real)
+        ax.text(.5, .6, 'bounds alone, see below', ha='center', color='.4', transform=ax.transAxes)
+    _upright(ax, 'images that pay for one, at equal', words.loss(test_set))
+    _counts(ax)
+    _plain_ticks(ax)
+    bounds = any(g.bound.isin(['<', '>']).any() for p, g in pairs if p in drawn)
+    arrows = ['Arrows: bounds, since one curve does not reach the loss of the other.']*bounds
+    return [_BARS, 'Fill: the curve that pays; edge: the one that is paid for.', *arrows] if drawn else []
 
 # %% ../nbs/09_report.ipynb #adb75440
+def _gains(ax, g, look, apart, full):
+    "The ratios of one mixed curve against one control."
+    ax.errorbar(g.n_synthetic*apart, g.ratio, _spans(g.ratio, g.ci_lo, g.ci_hi), fillstyle='full' if full else 'bottom',
+                mec=look['color'], markerfacecoloralt='white', capsize=2, ms=6, lw=.8, elinewidth=1, **look)
+
 def plot_mixing(ax,                   # matplotlib axes
-                means: pd.DataFrame,  # rows as in summary.csv
+                added: pd.DataFrame,  # rows as in added_data.csv
                 mixing: list,         # names of mixed curves
                 test_set: str,        # name of the test split
-                styles: dict          # from `style`
-               ):
-    "Loss against the number of added artificial images; real images alone as a dashed line."
-    for c in mixing:
-        m = _loss(means, c, test_set, 'n_synthetic')
-        if not len(m): continue
-        look, alone = styles[c], m[m.n_synthetic == 0]
-        added = m[m.n_synthetic > 0]
-        ax.errorbar(added.n_synthetic, added['mean'], _errors(added, .98), color=look['color'], marker=look['marker'],
-                    capsize=2, label=look['label'], lw=1.2)
-        if not len(alone): continue
-        ax.axhline(alone['mean'].iloc[0], color=look['color'], ls='--', lw=1)
-    ax.set(xscale='log', yscale='log', xlabel='artificial images added', ylabel=f'loss on {test_set}')
+                styles: dict,         # from `style`
+                words=Words()         # of axes
+               ) -> list:             # sentences on what the marks mean
+    "Ratio of the loss with added artificial images to that of each control, against their number; below 1 they help."
+    a = added[added.curve.isin(mixing) & (added.test_set == test_set)]
+    series = list(a.groupby(['curve', 'against', 'n_real'], sort=False))
+    several, most = a.groupby('curve').n_real.transform('nunique').gt(1).any(), a.n_seeds.max()
+    for i, ((c, control, n_real), g) in enumerate(series):
+        against = 'without them' if control == c else styles[control]['label']
+        label = f"{styles[c]['label']}{f', {n_real} real' if several else ''}  /  {against}{_seeds(g.n_seeds, most)}"
+        apart = 1.06**(i-(len(series)-1)/2)                      # so that intervals do not hide each other
+        _gains(ax, g.sort_values('n_synthetic'), styles[c] | dict(label=label), apart, control == c)
+    ax.axhline(1, color='.5', lw=1)
+    ax.set(xscale='log', yscale='log', xlabel='artificial images added')
+    _upright(ax, f'× {words.loss(test_set)}', '(below 1 helps)')
+    _counts(ax)
     _plain_ticks(ax)
-    _legend_below(ax, title='dashed: the real images alone', title_fontsize=8, alignment='left')
+    others = ['Half-filled: against the control named after the stroke.'] if (a.against != a.curve).any() else []
+    return ['Ratios of pairs of the same seed, with their 95 % intervals.', *others]
 
 # %% ../nbs/09_report.ipynb #564f3d70
 def plot_grid(ax,                   # matplotlib axes
-              means: pd.DataFrame,  # rows as in summary.csv
+              means: pd.DataFrame,  # rows as in summary.csv, of one metric
               curve: str,           # name of the curve
               test_set: str,        # name of the test split
-              title=''              # words above
+              title='',             # words above; the number of seeds is put behind them
+              norm=None             # colours of the losses, the same in all panels; None: of this one
              ):
-    "Mean loss over n_real x n_synthetic, as a heat map that shows its numbers."
-    m = _loss(means, curve, test_set, 'n_real')
-    _heat_map(ax, m.pivot(index='n_real', columns='n_synthetic', values='mean').sort_index(ascending=False), 8,
-              cmap='cividis_r', norm=matplotlib.colors.LogNorm())
-    ax.set(xlabel='artificial images', ylabel='real images', title=title)
+    "Mean loss over n_real x n_synthetic, as a heat map that shows its numbers, most real images at the bottom."
+    m = _rows(means, curve, test_set, 'n_real')
+    value, lo, hi = (m.pivot(index='n_real', columns='n_synthetic', values=v) for v in ('mean', 'ci_lo', 'ci_hi'))
+    def text(i, j):
+        v, ends = value.iat[i, j], [lo.iat[i, j], hi.iat[i, j]]
+        if np.isnan(v): return ''
+        return f'{v:.2f}'+('' if np.isnan(ends).any() else f'\n{max(ends[0], 0):.2f} to {ends[1]:.2f}')
+    _heat_map(ax, value, text, 7, cmap='cividis_r', norm=norm or loss_colours(m))
+    seeds = [f'{n} seeds' for n in sorted(set(m.n_seeds))]
+    ax.set(xlabel='artificial images', ylabel='real images', title=', '.join([title, *seeds]))
 
-def _heat_map(ax, table, size, **kw):
-    "A table as colours with its numbers, row names upright."
-    import seaborn as sns
-    sns.heatmap(table, ax=ax, annot=True, fmt='.2f', annot_kws=dict(size=size), cbar=False, linewidths=.3, **kw)
-    ax.tick_params(axis='y', rotation=0)
+def loss_colours(m: pd.DataFrame   # rows as in summary.csv
+                ):
+    "The colour scale of some losses."
+    return matplotlib.colors.LogNorm(m['mean'][m['mean'] > 0].min(), m['mean'].max())
+
+def _on(colour):
+    "Black or white, whichever can be read on a colour."
+    shown = np.array(colour[:3])*colour[3]+1-colour[3]            # over white paper
+    r, g, b = (c/12.92 if c <= .04045 else ((c+.055)/1.055)**2.4 for c in shown)
+    return 'black' if .2126*r+.7152*g+.0722*b > .18 else 'white'
+
+def _heat_map(ax, table, text, size, **kw):
+    "A table as colours with words in each cell."
+    shown = ax.imshow(table.to_numpy(float), aspect='auto', **kw)
+    for i, j in np.ndindex(*table.shape):
+        colour = shown.cmap(shown.norm(table.iat[i, j]))
+        ax.text(j, i, text(i, j), ha='center', va='center', fontsize=size, color=_on(colour))
+    ax.set_xticks(range(table.shape[1]), [f'{c:,}' for c in table.columns])
+    ax.set_yticks(range(table.shape[0]), [f'{r:,}' if isinstance(r, (int, np.integer)) else r for r in table.index])
+    ax.tick_params(length=0)
+    ax.tick_params(axis='x', rotation=0 if table.shape[1] < 7 else 45)
+    ax.spines[:].set_visible(False)
 
 # %% ../nbs/09_report.ipynb #77b4b806
 _SCORES = ['recognizability_real', 'recognizability_in_domain', 'diversity']
 _FACTORS = ['curve', 'set', 'model', 'prompt_set', 'guidance_scale', 'n_images', 'test_set', 'loss', 'ci_lo',
-            'ci_hi', *_SCORES]
+            'ci_hi', *_SCORES, 'n_seeds']
 
 def factor_table(study: Study,           # the study
-                 means: pd.DataFrame,    # rows as in summary.csv
+                 means: pd.DataFrame,    # rows as in summary.csv, of the leading metric
                  quality: pd.DataFrame   # rows as in quality.csv, none where nothing was scored
                 ) -> pd.DataFrame:       # one row per source and test set
     "Loss at report.factors_n_images images of every curve of a generated source alone, with its factors and quality."
@@ -278,9 +485,9 @@ def factor_table(study: Study,           # the study
         factors = dict(curve=name, set=c.synthetic)
         factors |= dict(model=s.model, prompt_set=s.prompts, guidance_scale=s.guidance_scale)
         factors |= {k: values.get(k, np.nan) for k in _SCORES}
-        at = means[(means.curve == name) & (means.metric == 'loss') & (means.n_images == study.report.factors_n_images)]
+        at = means[(means.curve == name) & (means.n_images == study.report.factors_n_images)]
         for m in at.itertuples():
-            loss = dict(loss=m.mean, ci_lo=m.ci_lo, ci_hi=m.ci_hi)
+            loss = dict(loss=m.mean, ci_lo=m.ci_lo, ci_hi=m.ci_hi, n_seeds=m.n_seeds)
             rows.append(dict(factors, n_images=m.n_images, test_set=m.test_set, **loss))
     return pd.DataFrame(rows, columns=_FACTORS)
 
@@ -295,105 +502,163 @@ def _overall(quality):
     return quality[quality['class'] == 'all'] if len(quality) else quality
 
 # %% ../nbs/09_report.ipynb #66348dab
-def _bars(ax, x, g, **look):
-    "Means with their intervals."
-    err = np.nan_to_num(np.clip(np.array([g.loss-g.ci_lo, g.ci_hi-g.loss], float), 0, None))
-    ax.errorbar(x, g.loss, err, capsize=2, **look)
+def _factor_dot(ax, x, r, look, most, apart=0):
+    "A curve in a figure of factors: its loss."
+    _dot(ax, x+apart, r.loss, look, r.n_seeds < most, yerr=_spans(r.loss, r.ci_lo, r.ci_hi)[:, None])
 
-def _names(factors, labels=None):
-    "The name of a line or a place on an axis: the prompt set, and the model where there are several."
-    words = factors.prompt_set.map(lambda p: (labels or {}).get(p, p))
-    return words if factors.model.nunique() < 2 else factors.model+': '+words
+def _at(f):
+    "At which number of images."
+    return [f'at {f.n_images.max():,} images'] if len(f) else []
 
 def plot_guidance(ax,                      # matplotlib axes
                   factors: pd.DataFrame,   # as factor_table gives it
                   test_set: str,           # name of the test split
-                  labels: dict = None      # prompt set -> words
-                 ):
-    "Loss at a fixed number of images against the guidance scale, one line per prompt set."
-    f = factors.assign(name=_names(factors, labels).to_numpy())
-    f = f[f.test_set == test_set]
-    lines = dict(tuple(f.groupby('name', sort=False)))
-    for i, (name, look) in enumerate(style(list(lines)).items()):
-        g = lines[name].sort_values('guidance_scale')
-        apart = 1.02**(i-(len(lines)-1)/2)                       # so that intervals do not hide each other
-        _bars(ax, g.guidance_scale*apart, g, **look, lw=1.2 if len(g) > 1 else 0, elinewidth=1)
+                  styles: dict,            # from `style`
+                  words=Words()            # of axes
+                 ) -> list:                # sentences on what the marks mean
+    """Loss at a fixed number of images against the guidance scale, of models and prompt sets that were used at several;
+    a line joins neighbours that have the same number of seeds."""
+    f = factors[factors.test_set == test_set]
+    several = f.groupby(['model', 'prompt_set']).guidance_scale.transform('nunique') > 1
+    f = f[several | (not several.any())]
+    series, most = list(f.groupby(['model', 'prompt_set'], sort=False)), f.n_seeds.max()
+    for i, (_, g) in enumerate(series):
+        g, apart = g.sort_values('guidance_scale'), 1.05**(i-(len(series)-1)/2)   # so that intervals do not hide
+        rows = list(g.itertuples())
+        for a, b in itertools.pairwise(rows):
+            if a.n_seeds != b.n_seeds: continue
+            ax.plot([a.guidance_scale*apart, b.guidance_scale*apart], [a.loss, b.loss], color='.7', lw=.8, zorder=0)
+        for r in rows:
+            _factor_dot(ax, r.guidance_scale*apart, r, styles[r.curve], most)
     scales = sorted(f.guidance_scale.unique())
-    ax.set(xscale='log', xlabel='guidance scale', ylabel=f'loss on {test_set} at {f.n_images.max():,} images')
+    ax.set(xscale='log', xlabel='guidance scale')
+    _upright(ax, words.loss(test_set), *_at(f))
     ax.set_xticks(scales, [f'{v:g}' for v in scales])
     ax.minorticks_off()
-    ax.legend(frameon=False, fontsize=8, title='prompt set', title_fontsize=8)
+    return [_BARS, *_fewer(f.n_seeds), 'Lines: one model and prompt set, equal numbers of seeds.']
 
 # %% ../nbs/09_report.ipynb #f290c8a0
 def plot_prompt_sets(ax,                      # matplotlib axes
                      factors: pd.DataFrame,   # as factor_table gives it
-                     tests: list,             # names of splits
-                     labels: dict = None      # prompt set -> words
-                    ):
+                     test_set: str,           # name of the test split
+                     styles: dict,            # from `style`
+                     words=Words()            # for prompt sets and of axes
+                    ) -> list:                # sentences on what the marks mean
     """Prompt sets side by side, of the model that most of them were generated with, at the guidance scale that most of
-    them share, on every split."""
+    them share."""
     f = factors[factors.model == factors.groupby('model', sort=False).prompt_set.nunique().idxmax()]
     g = f.drop_duplicates('curve').guidance_scale.mode().min()
-    f = f.assign(name=_names(f, labels).to_numpy())
-    f = f[f.guidance_scale == g].drop_duplicates(['name', 'test_set'])
-    sets = list(dict.fromkeys(f.name))
-    for i, (t, colour) in enumerate(zip(tests, _colours(len(tests)))):
-        s = f[f.test_set == t].set_index('name').loc[sets]
-        _bars(ax, np.arange(len(sets))+.15*(i-(len(tests)-1)/2), s, fmt=_MARKERS[i], color=colour, label=t)
-    ax.set_xticks(range(len(sets)), sets)
-    ax.set(ylabel=f'loss at {f.n_images.max():,} images', title=f'{f.model.iloc[0]}, guidance scale {g:g}',
-           xlim=(-.5, len(sets)-.5))
-    ax.legend(frameon=False, fontsize=8)
+    f = f[(f.guidance_scale == g) & (f.test_set == test_set)]
+    sets, before = list(dict.fromkeys(f.prompt_set)), f.groupby('prompt_set').cumcount()
+    for r, i in zip(f.itertuples(), before):
+        _factor_dot(ax, sets.index(r.prompt_set), r, styles[r.curve], f.n_seeds.max(), .12*i)
+    ax.set_xticks(range(len(sets)), [textwrap.fill(words(s), 12) for s in sets])
+    title = f'{f.model.iloc[0]}, guidance scale {g:g}'
+    ax.set(title=title, xlim=(-.5, len(sets)-.5))
+    _upright(ax, words.loss(test_set), *_at(f))
+    return [_BARS, *_fewer(f.n_seeds)]
 
 def plot_generators(ax,                      # matplotlib axes
                     factors: pd.DataFrame,   # as factor_table gives it
-                    test_set: str            # name of the test split
-                   ):
+                    test_set: str,           # name of the test split
+                    styles: dict,            # from `style`
+                    words=Words()            # for the prompt set and of axes
+                   ) -> list:                # sentences on what the marks mean
     "Models side by side, at each guidance scale and with the prompt set that most of them share."
     f = factors[factors.test_set == test_set]
     shared = f.groupby('prompt_set').model.nunique().idxmax()
     f = f[f.prompt_set == shared]
     f = f[f.groupby('guidance_scale').model.transform('nunique') > 1]
     scales, models = sorted(f.guidance_scale.unique()), list(dict.fromkeys(f.model))
-    for i, (m, colour) in enumerate(zip(models, _colours(len(models)))):
-        g = f[f.model == m].sort_values('guidance_scale')
-        x = np.array([scales.index(s) for s in g.guidance_scale])+.12*(i-(len(models)-1)/2)
-        _bars(ax, x, g, fmt=_MARKERS[i], color=colour, label=m)
+    for r in f.itertuples():
+        apart = min(.12, .8/len(models))*(models.index(r.model)-(len(models)-1)/2)
+        _factor_dot(ax, scales.index(r.guidance_scale), r, styles[r.curve], f.n_seeds.max(), apart)
     ax.set_xticks(range(len(scales)), [f'guidance {s:g}' for s in scales])
-    ax.set(ylabel=f'loss on {test_set} at {f.n_images.max():,} images', title=f'prompt set: {shared}',
-           xlim=(-.5, len(scales)-.5))
-    ax.legend(frameon=False, fontsize=8)
+    ax.set(title=f'prompts: {words(shared)}', xlim=(-.5, len(scales)-.5))
+    _upright(ax, words.loss(test_set), *_at(f))
+    return [_BARS, *_fewer(f.n_seeds)]
 
 # %% ../nbs/09_report.ipynb #82cec254
-def plot_quality(ax,                     # matplotlib axes
-                 factors: pd.DataFrame,  # as factor_table gives it
-                 evaluator: str,         # 'real' or 'in_domain'
-                 test_set: str           # name of the test split
-                ):
-    "Recognizability against diversity of every source; the larger the circle, the larger the loss when trained on it."
-    f = factors[factors.test_set == test_set].dropna(subset=['diversity'])
-    f, y = f.assign(name=_names(f).to_numpy()), f'recognizability_{evaluator}'
-    sets = list(dict.fromkeys(f.name))
-    colours = dict(zip(sets, _colours(len(sets))))
-    for name, g in f.groupby('name', sort=False):
-        ax.scatter(g.diversity, g[y], s=220*(g.loss/f.loss.max())**2, color=colours[name], alpha=.8, label=name)
-    for h in ax.legend(frameon=False, fontsize=7, loc='lower left').legend_handles:
-        h.set_sizes([40])
-    ax.set(xlabel='diversity', ylabel=f'recognizability, {evaluator} evaluator')
-    ax.margins(.18)
-    ax.margins(y=.3)
-    ax.autoscale_view()
-    _label_sources(ax, f, y)
+def _measured(quality, metric):
+    "Set -> value, ci_lo and ci_hi of a metric over all classes."
+    q = _overall(quality)
+    return q[q.metric == metric].set_index('set')[['value', 'ci_lo', 'ci_hi']] if len(q) else pd.DataFrame()
 
-def _label_sources(ax, f, column):
-    "Guidance and loss beside every circle, from the top down, each at least a line below the one above."
-    last = np.inf
-    for r in f.sort_values(column, ascending=False).itertuples():
-        at = (r.diversity, getattr(r, column))
-        y = ax.transData.transform(at)[1]*72/ax.figure.dpi
-        last = min(y+3, last-8.5)
-        words = f'guidance {r.guidance_scale:g}: {r.loss:.2f}'
-        ax.annotate(words, at, xytext=(9, last-y), textcoords='offset points', fontsize=7)
+def _around(q):
+    "An interval of `_measured` as error bars."
+    return _spans(q.value, q.ci_lo, q.ci_hi)[:, None]
+
+def plot_quality(ax,                      # matplotlib axes
+                 quality: pd.DataFrame,   # rows as in quality.csv
+                 curves: dict,            # generated set -> its curve
+                 evaluator: str,          # 'real' or 'in_domain'
+                 styles: dict,            # from `style`
+                 words=Words()            # for sets
+                ) -> list:                # sentences on what the marks mean
+    "Recognizability against diversity of every source, and of the other sets that were scored as references."
+    x, y = _measured(quality, 'diversity'), _measured(quality, f'recognizability_{evaluator}')
+    others = itertools.cycle('*phd8')
+    for name in [n for n in x.index if n in y.index]:
+        look = styles.get(curves.get(name)) or dict(color='black', marker=next(others), label=words(name))
+        _dot(ax, x.value[name], y.value[name], look, xerr=_around(x.loc[name]), yerr=_around(y.loc[name]))
+    ax.set(xlabel='diversity', ylabel=f"recognizability,\n{evaluator.replace('_', '-')} evaluator")
+    return ['Bars: 95 % intervals over images.', 'Black: sets that were not generated.']
+
+def plot_relations(ax,                      # matplotlib axes
+                   factors: pd.DataFrame,   # as factor_table gives it
+                   quality: pd.DataFrame,   # rows as in quality.csv
+                   test_set: str,           # name of the test split
+                   styles: dict,            # from `style`
+                   words=Words()            # of axes
+                  ) -> list:                # sentences on what the marks mean
+    "Loss of a classifier trained on a source against how recognizable the source is: one point per source."
+    f, scored = factors[factors.test_set == test_set], _measured(quality, 'recognizability_real')
+    for r in f[f.set.isin(scored.index)].itertuples():
+        q = scored.loc[r.set]
+        _dot(ax, q.value, r.loss, styles[r.curve], r.n_seeds < f.n_seeds.max(), xerr=_around(q),
+             yerr=_spans(r.loss, r.ci_lo, r.ci_hi)[:, None])
+    ax.set(xlabel='recognizability, real evaluator')
+    _upright(ax, words.loss(test_set), *_at(f))
+    return ['Bars: 95 % intervals, over images (across) and seeds (upright).', *_fewer(f.n_seeds)]
+
+# %% ../nbs/09_report.ipynb #6a199c84
+_DAMAGES = {'absent': 'absent', 'rare': 'rare', 'mislabelled': 'mislabelled', 'named instead': 'named\ninstead',
+            'none': 'none'}     # as damage.csv has them -> words
+
+def _largest(table, measure, test_set):
+    "The rows of one measure on one test set at the largest size; a measure of images has neither."
+    t = table[(table.measure == measure) & (table.test_set.fillna('') == test_set)]
+    return t[t.n == t.n.max()]
+
+def plot_damage(ax,                     # matplotlib axes
+                damage: pd.DataFrame,   # rows as in damage.csv
+                changes: pd.DataFrame,  # rows as in damage_changes.csv
+                measure: str,           # 'recall' or 'recognizability_real', for example
+                test_set: str,          # name of the test split; '' for a measure of images
+                styles: dict,           # from `style`, of the damaged sources
+                words=Words()           # for the split
+               ) -> list:               # sentences on what the marks mean
+    "Per damage of a class: how its measure changes, as a mean with its interval, and the single pairs beside it."
+    d, single = _largest(damage, measure, test_set), _largest(changes, measure, test_set)
+    kinds, sources = [k for k in _DAMAGES if k in set(d.damage)], list(dict.fromkeys(single.source))
+    for i, k in enumerate(kinds):
+        r = d[d.damage == k].iloc[0]
+        ax.errorbar(i-.15, r.change, _spans(r.change, r.ci_lo, r.ci_hi)[:, None], color='black', marker='o', ms=5,
+                    capsize=3, ls='', label='mean of the pairs')
+    for s in single[single.damage.isin(kinds)].itertuples():
+        x = kinds.index(s.damage)+.12+.07*sources.index(s.source)
+        ax.plot(x, s.change, ls='', alpha=.8, **(styles[s.source] | dict(ms=3.5)))
+    ax.axhline(0, color='.6', lw=.8)
+    ax.set_xticks(range(len(kinds)), [_DAMAGES[k] for k in kinds])
+    ax.tick_params(axis='x', labelsize=8)
+    ax.set(xlim=(-.5, len(kinds)-.4))
+    at = [f'on {words(test_set)} at {int(d.n.max()):,} images'] if test_set and len(d) else []
+    what, _, evaluator = measure.partition('_')
+    _upright(ax, f'change of {what}', *at, *[f"{evaluator.replace('_', '-')} evaluator"]*bool(evaluator))
+    meaning = {'named instead': 'Named instead: the class whose name the mislabelled one got.',
+               'none': 'None: all other classes.'}
+    return ['Bars: 95 % intervals over pairs of generators. Small: single pairs.',
+            *[v for k, v in meaning.items() if k in kinds]]
 
 # %% ../nbs/09_report.ipynb #fd006700
 def class_means(per_class: pd.DataFrame,  # rows as in per_class.parquet
@@ -413,28 +678,36 @@ def plot_classes(ax,                       # matplotlib axes
                  title=''                  # words above
                 ):
     "Recall of each class against n, as a heat map that shows its numbers."
-    _heat_map(ax, class_means(per_class, curve, test_set)[classes].T, 6.5, cmap='cividis', vmin=0, vmax=1)
-    ax.set(xlabel='training images', ylabel='', title=title)
+    recall = class_means(per_class, curve, test_set)[classes].T
+    _heat_map(ax, recall, lambda i, j: f'{recall.iat[i, j]:.2f}', 6, cmap='cividis', vmin=0, vmax=1)
+    ax.set(xlabel='training images')
+    ax.set_title(title, fontsize=8)
 
 # %% ../nbs/09_report.ipynb #b7a31fa0
-def plot_samples(ax,        # matplotlib axes
-                 grid,      # uint8 array, ten images of each class, one row per class
-                 title=''   # words above
+def plot_samples(ax,          # matplotlib axes
+                 grid,        # uint8 array, ten images of each class, one row per class
+                 title='',    # words above
+                 classes=()   # class names, written at the left; none: nothing there
                 ):
     "The grid of images that the data stage made of a set."
     ax.imshow(255-grid if grid.ndim == 2 else grid, cmap='gray', vmin=0, vmax=255)
     ax.set_title(title, fontsize=9)
-    ax.axis('off')
+    ax.spines[:].set_visible(False)
+    ax.set_xticks([])
+    high = len(grid)/max(len(classes), 1)
+    ax.set_yticks([high*(i+.5)-.5 for i in range(len(classes))], classes)
+    ax.tick_params(length=0)
 
 # %% ../nbs/09_report.ipynb #86144424
 _TABLES = ('summary', 'laws', 'comparisons', 'added_data', 'model_selection', 'forecasts', 'exchange', 'crossovers',
-           'mixtures', 'quality', 'factors')
+           'mixtures', 'quality', 'damage', 'damage_changes', 'factors')
 
 @dataclass
 class Tables:
     "The tables that a report is made of, as attributes (`tables.laws`); each is read when it is first needed."
     folder: Path = None                          # results/ of a study; None: all others are empty
     given: dict = field(default_factory=dict)    # name -> table, those that need not be read
+    metric: str = 'loss'                         # the one that leads, as laws.metric
 
     def __getattr__(self, name):
         if name not in _TABLES: raise AttributeError(f'no table {name!r}')
@@ -449,13 +722,13 @@ class Tables:
 
     @property
     def means(self):
-        "The summary with a column n."
-        return with_n(self.summary)
+        "The summary in the leading metric, with a column n."
+        return with_n(leading(self.summary, self.metric))
 
     def of_loss(self, name):
-        "The rows of `laws` or `comparisons` that are about the loss."
+        "The rows of `laws` or `comparisons` that are about the leading metric."
         t = getattr(self, name)
-        return t[t.metric == 'loss']
+        return t[t.metric == self.metric]
 
 # %% ../nbs/09_report.ipynb #bf100d10
 def _number(v, digits=3):
@@ -484,8 +757,8 @@ def _curve_test(r):
 def headline(t: Tables    # of a study; those that are empty have no entries
             ) -> dict:
     "A few numbers of the study, rounded to what their intervals support."
-    out = dict(k=_nested(t.of_loss('laws'), _curve_test, lambda l: _numbers(l, 'k', 'ci_lo', 'ci_hi')),
-               smallest=_ends(t.means, 'min'), largest=_ends(t.means, 'max'),
+    out = dict(metric=t.metric, k=_nested(t.of_loss('laws'), _curve_test, lambda l: _numbers(l, 'k', 'ci_lo', 'ci_hi')),
+               smallest=_ends(t, 'min'), largest=_ends(t, 'max'),
                difference_of_k=_differences(t.of_loss('comparisons')),
                equivalent_images=_equivalents(t.exchange), added_data=_added(t.added_data),
                quality=_nested(_overall(t.quality), lambda q: (q.set, q.metric), lambda q: _number(q.value)))
@@ -497,10 +770,11 @@ def _sized(r):
     return dict(n_images=int(r.n_images), **_numbers(r, 'loss', 'ci_lo', 'ci_hi'))
 
 # %% ../nbs/09_report.ipynb #2236eb7d
-def _ends(means, which):
-    "Loss and top-1 accuracy at the smallest or the largest size of every curve."
-    out = {}
-    for (c, t), g in means[means.metric.isin(['loss', 'top1'])].groupby(['curve', 'test_set'], sort=False):
+def _ends(tables, which):
+    "Loss, which is the leading metric, and top-1 accuracy at the smallest or the largest size of every curve."
+    out, s = {}, tables.summary
+    means = pd.concat([tables.means.assign(metric='loss'), s[s.metric == 'top1']])
+    for (c, t), g in means.groupby(['curve', 'test_set'], sort=False):
         n = getattr(g.n_images, which)()
         values = g[g.n_images == n].set_index('metric')['mean']
         out.setdefault(c, {})[t] = dict(n_images=int(n)) | {m: _number(v) for m, v in values.items()}
@@ -580,12 +854,12 @@ def headline_curves(study: Study    # the study
     "The curves of the headline figure: those of report.scaling, or all of one set."
     return list(study.report.scaling) or [n for n, c in curves_of(study).items() if not (c.real and c.synthetic)]
 
-def plot_table(means: pd.DataFrame,  # rows as in summary.csv
+def plot_table(means: pd.DataFrame,  # rows as in summary.csv, of the leading metric
                curves: list,         # names of curves
                tests: list           # names of test splits
               ) -> pd.DataFrame:
-    "Mean loss, one row per curve, size and test set: what `dvc plots` shows."
-    m = means[means.curve.isin(curves) & means.test_set.isin(tests) & (means.metric == 'loss')]
+    "Mean of the leading metric as `loss`, one row per curve, size and test set: what `dvc plots` shows."
+    m = means[means.curve.isin(curves) & means.test_set.isin(tests)]
     m = m[['curve', 'test_set', 'n_images', 'mean']].rename(columns=dict(mean='loss'))
     return m.sort_values(['curve', 'test_set', 'n_images'])
 
@@ -593,74 +867,120 @@ def plot_table(means: pd.DataFrame,  # rows as in summary.csv
 def make_report(study: Study   # the study
                ) -> dict:
     "Write the figures, and headline.json, factors.csv, costs.csv and plot_loss.csv to results/; returns the headline."
-    rep, results = study.report, study.path('results')
-    t, labels, scaling = Tables(results), labels_of(study), headline_curves(study)
-    factors = t.given['factors'] = factor_table(study, t.means, t.quality)
-    styles = style(list(dict.fromkeys([*scaling, *rep.mixing, *curves_of(study)])), labels)
-    _loss_figures(study, t, styles)
-    _law_figures(study, t, styles)
-    _class_figure(study, styles)
-    _sample_figure(study)
-    _factor_figures(study, factors)
+    results = study.path('results')
+    t, words, scaling = Tables(results, metric=study.laws.metric), words_of(study), headline_curves(study)
+    t.given['factors'] = factor_table(study, t.means, t.quality)
+    styles = study_styles(study)
+    for make in (_loss_figures, _panel_figures, _mixture_figures, _law_figures, _class_figure, _factor_figures,
+                 _quality_figures, _damage_figure):
+        make(study, t, styles, words)
+    _sample_figure(study, words)
     write_csv(results/'plot_loss.csv', plot_table(t.means, scaling, study.classify.eval.tested))
-    write_csv(results/'factors.csv', factors)
+    write_csv(results/'factors.csv', t.factors)
     write_csv(results/'costs.csv', cost_table(study))
     h = headline(t) | predictions(t)
     write_atomic(results/'headline.json', json.dumps(h, indent=1)+'\n')
     return h
 
-# %% ../nbs/09_report.ipynb #bc5f7ae1
-def _loss_figures(study, t, styles):
-    "The headline figure of each test split, and real and artificial images together."
-    rep, tests, figures, means = study.report, study.classify.eval.tested, study.path('figures'), t.means
-    shown = {c: styles[c] for c in headline_curves(study)}
-    for test in tests:
-        panel = (means, t.of_loss('laws'), test, shown, t.forecasts)
-        _figure(figures/f'scaling_{test}.png', plot_scaling, [panel], height=4.4)
-    if rep.mixing:
-        _figure(figures/'mixing.png', plot_mixing, [(means, rep.mixing, test, styles) for test in tests], height=4.4)
-    both = itertools.product(rep.grids, tests)
-    panels = [(means, c, test, f"{styles[c]['label']}: loss on {test}") for c, test in both]
-    _figure(figures/'grid.png', plot_grid, panels, width=4.2, height=3)
+def study_styles(study: Study   # the study
+                ) -> dict:      # as `style` gives it
+    "The look of each curve in every figure of a study; those of the headline figure have the first colours."
+    rep = study.report
+    order = [*headline_curves(study), *itertools.chain(*rep.panels.values()), *rep.mixing, *curves_of(study)]
+    together = [headline_curves(study), *rep.panels.values(), rep.mixing]
+    return style(list(dict.fromkeys(order)), labels_of(study), together)
 
-def _law_figures(study, t, styles):
+# %% ../nbs/09_report.ipynb #bc5f7ae1
+def _loss_figures(study, t, styles, words):
+    "The headline figure of each test split, with forecasts."
+    shown = {c: styles[c] for c in headline_curves(study)}
+    for test in study.classify.eval.tested:
+        panel = (t.means, t.of_loss('laws'), test, shown, t.forecasts, words)
+        _figure(study.path('figures')/f'scaling_{test}.png', plot_scaling, [panel], width=6.2, height=4)
+
+def _panel_figures(study, t, styles, words):
+    "The panels of other curves, without forecasts."
+    for test in study.classify.eval.tested:
+        panels = [(t.means, t.of_loss('laws'), test, {c: styles[c] for c in curves}, None, words, title)
+                  for title, curves in study.report.panels.items()]
+        _figure(study.path('figures')/f'panels_{test}.png', plot_scaling, panels, width=4, height=3.4,
+                columns=_columns(len(panels)), sharex=True, sharey=True)
+
+def _mixture_figures(study, t, styles, words):
+    "Real and artificial images together: ratios of losses, and the losses of grids."
+    rep, figures, tests = study.report, study.path('figures'), study.classify.eval.tested
+    if rep.mixing and len(t.added_data) and t.added_data.curve.isin(rep.mixing).any():
+        panels = [(t.added_data, rep.mixing, test, styles, words) for test in tests]
+        _figure(figures/'mixing.png', plot_mixing, panels, width=4.2, height=3.2, sharey=True)
+    shown = t.means[t.means.curve.isin(rep.grids) & t.means.test_set.isin(tests)]
+    if not len(shown): return
+    norm, both = loss_colours(shown), itertools.product(rep.grids, tests)
+    panels = [(t.means, c, test, f"{styles[c]['label']}\non {words(test)}", norm) for c, test in both]
+    _figure(figures/'grid.png', plot_grid, panels, bar=words.metric, width=3.9, height=3, columns=len(tests))
+
+def _law_figures(study, t, styles, words):
     "Exponents, residuals and exchange rates; the last two of the curves of the headline figure."
     scaling, tests, figures = headline_curves(study), study.classify.eval.tested, study.path('figures')
     laws, exchange = t.of_loss('laws'), t.exchange
     if len(laws):
-        height, own = .8+.28*laws.curve.nunique(), laws[laws.curve.isin(scaling)]
-        _figure(figures/'exponents.png', plot_exponents, [(laws, tests, styles)], width=6, height=height)
-        _figure(figures/'residuals.png', plot_residuals, [(t.means, own, test, styles) for test in tests])
-    exchange = exchange[exchange.real.isin(scaling) & exchange.synthetic.isin(scaling)]
+        height, own = .6+(.16+.12*len(tests))*laws.curve.nunique(), laws[laws.curve.isin(scaling)]
+        _figure(figures/'exponents.png', plot_exponents, [(laws, tests, styles, words)], width=6.2, height=height)
+        _figure(figures/'residuals.png', plot_residuals, [(t.means, own, test, styles, words) for test in tests],
+                width=4.2, height=3.2, sharey=True)
+    exchange = exchange[exchange.real.isin(scaling) & exchange.synthetic.isin(scaling)] if len(exchange) else exchange
     if len(exchange):
-        _figure(figures/'exchange.png', plot_exchange, [(exchange, test, styles) for test in tests], height=4.4)
+        _figure(figures/'exchange.png', plot_exchange, [(exchange, test, styles, words) for test in tests],
+                width=4.6, height=3.6, sharey=True)
 
-def _class_figure(study, styles):
+def _class_figure(study, t, styles, words):
     "Recall of each class along the curves of the headline figure."
     per_class, test = pd.read_parquet(study.path('results', 'per_class.parquet')), study.classify.eval.tested[0]
-    panels = [(per_class, c, test, study.study.classes, f"{styles[c]['label']}: recall on {test}")
+    panels = [(per_class, c, test, study.study.classes, textwrap.fill(styles[c]['label'], 38))
               for c in headline_curves(study)]
-    _figure(study.path('figures')/'per_class_recall.png', plot_classes, panels, width=4.6, height=3.6, columns=3)
+    _figure(study.path('figures')/'per_class_recall.png', plot_classes, panels, bar=f'recall on {words(test)}',
+            width=3.3, height=3, columns=_columns(len(panels)))
 
 # %% ../nbs/09_report.ipynb #f0a42954
-def _factor_figures(study, factors):
-    "One figure each for guidance, prompt sets, generators (where there are several) and quality."
+def _factor_figures(study, t, styles, words):
+    "One figure each for guidance, prompt sets and generators (where there are several)."
+    factors, tests, figures = t.factors, study.classify.eval.tested, study.path('figures')
     if not len(factors): return
-    e, labels, figures = study.classify.eval, labels_of(study), study.path('figures')
-    _figure(figures/'guidance.png', plot_guidance, [(factors, t, labels) for t in e.tested])
-    _figure(figures/'prompt_sets.png', plot_prompt_sets, [(factors, e.every, labels)], width=5.6)
+    panels = [(factors, test, styles, words) for test in tests]
+    _figure(figures/'guidance.png', plot_guidance, panels, width=4, height=3.2, sharey=True)
+    _figure(figures/'prompt_sets.png', plot_prompt_sets, panels, width=4.4, height=3.2, sharey=True)
     if factors.groupby(['prompt_set', 'guidance_scale']).model.nunique().max() > 1:
-        _figure(figures/'generators.png', plot_generators, [(factors, t) for t in e.tested], width=4)
-    if factors.diversity.notna().any():
-        panels = [(factors, evaluator, e.tested[0]) for evaluator in ('real', 'in_domain')]
-        _figure(figures/'quality.png', plot_quality, panels)
+        _figure(figures/'generators.png', plot_generators, panels, width=4, height=3.2, sharey=True)
 
-def _sample_figure(study):
+def _quality_figures(study, t, styles, words):
+    "Recognizability against diversity, and the loss against recognizability."
+    factors, figures = t.factors, study.path('figures')
+    made = study.generate.sources
+    curves = {c.synthetic: n for n, c in curves_of(study).items() if c.synthetic in made and not c.real}
+    have = set(_overall(t.quality).metric) if len(t.quality) else set()
+    panels = [(t.quality, curves, e, styles, words) for e in ('real', 'in_domain') if f'recognizability_{e}' in have]
+    if 'diversity' in have:
+        _figure(figures/'quality.png', plot_quality, panels, width=4.6, height=3.4)
+    if len(factors) and 'recognizability_real' in have:
+        _figure(figures/'recognized.png', plot_relations, [(factors, t.quality, test, styles, words)
+                                                           for test in study.classify.eval.tested],
+                width=4, height=3.2, sharex=True, sharey=True)
+
+def _damage_figure(study, t, styles, words):
+    "What damage does to the recall of a class on each test split, and to how recognizable its images are."
+    if not len(t.damage): return
+    wanted = [('recall', test) for test in study.classify.eval.tested]
+    wanted += [('recognizability_real', ''), ('recognizability_in_domain', '')]
+    wanted = [w for w in wanted if len(_largest(t.damage, *w))]
+    panels = [(t.damage, t.damage_changes, *w, styles, words) for w in wanted]
+    _figure(study.path('figures')/'damage.png', plot_damage, panels, width=4, height=3, columns=_columns(len(panels)),
+            sharey=True)
+
+def _sample_figure(study, words):
     "Image grids of the sets that params.yaml names."
-    labels, panels = labels_of(study), []
-    for name in study.report.samples:
+    panels = []
+    for i, name in enumerate(study.report.samples):
         grid = plt.imread(study.path('runs', 'data', name, 'samples.png'))*255
-        panels.append((grid, labels.get(name, name)))
+        panels.append((grid, words(name), () if i % 3 else study.study.classes))
     _figure(study.path('figures')/'samples.png', plot_samples, panels, width=3.2, height=3.4, columns=3)
 
 # %% ../nbs/09_report.ipynb #d5e78010
@@ -679,8 +999,11 @@ def report_table(curves,                # path of a curves.csv with curve, n_ima
     equivalents = equivalent_table(with_n(df), pairs)
     say(own, out)
     t = Tables(given=dict(summary=summary(df), laws=laws, comparisons=comparisons, exchange=equivalents))
+    words = Words()
+    if own.kind != 'loss' or own.metric != 'loss':
+        words = Words(metric='error rate' if own.kind != 'loss' else own.metric.replace('_', ' '))
     for test in df.test_set.unique():
-        _figure(out/f'scaling_{test}.png', plot_scaling, [(t.means, laws, test, style(names))])
+        _figure(out/f'scaling_{test}.png', plot_scaling, [(t.means, laws, test, style(names), None, words)])
     h = headline(t) | {'metric': own.metric}         # as a loss, or turned into error rates
     write_atomic(out/'headline.json', json.dumps(h, indent=1)+'\n')
     return h

@@ -11,7 +11,7 @@ GOOD = load(ROOT/'params.yaml')
 NAMED = {     # sections whose keys the user chooses
     ('models',), ('evaluators',), ('prompts', 'words'), ('prompts', 'words', 'description'), ('prompts', 'sets'),
     ('generate', 'sources'), ('laws', 'model_selection'), ('data', 'sets'), ('quality', 'sets'), ('classify', 'curves'),
-    ('classify', 'mixtures'), ('report', 'labels'), ('recipes',), ('study', 'seed_names'), ('prompts', 'written'),
+    ('classify', 'mixtures'), ('report', 'labels'), ('report', 'panels'), ('recipes',), ('study', 'seed_names'), ('prompts', 'written'),
     ('prompts', 'captions'), ('prompts', 'also_named')}
 CLASSES = ('rare', 'mislabelled')      # dicts by class in a set's damage
 
@@ -99,6 +99,8 @@ CASES = [
     (lambda d: d['laws'].update(compare=[['mnist', 'fifty_rendered']]),
      "laws.compare is 'fifty_rendered': no such curve of one set"),
     (lambda d: d['report'].update(scaling=['mnist', 'renderd']), "report.scaling is 'renderd'"),
+    (lambda d: d['report'].update(panels={'real': ['mnist', 'renderd']}), "report.panels.real is 'renderd'"),
+    (lambda d: d['report']['labels'].update(tset='on paper'), "(did you mean 'test'?)"),
     (lambda d: d['study'].update(classes=['zero', 'one', 'zero']), "study.classes names 'zero' twice"),
     (lambda d: d['classify']['curves']['mnist'].update(n_images=[0]), 'a point without any image'),
     (lambda d: d['classify']['curves']['mnist'].update(n_images=[-10]), 'classify.curves.mnist.n_images.0'),

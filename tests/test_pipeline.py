@@ -23,7 +23,7 @@ def test_from_nothing_every_out_is_there(finished):
         'evaluators@real_classifier', 'quality_sources@names_g2', 'classify@digits', 'classify_sources@names_g2',
         'classify_mixtures@grid', *AGGREGATES}
     figures = ('scaling_test', 'scaling_ood', 'mixing', 'per_class_recall', 'samples', 'guidance', 'quality',
-               'prompt_sets', 'grid', 'exchange', 'exponents', 'residuals')
+               'prompt_sets', 'grid', 'exchange', 'exponents', 'residuals', 'recognized')
     for f in ('results/headline.json', 'runs/classify/digits.ipynb', *(f'figures/{f}.png' for f in figures)):
         assert (finished/f).stat().st_size > 500, f
     assert not list((finished/'build').glob('failed/*'))
