@@ -11,8 +11,8 @@ GOOD = load(ROOT/'params.yaml')
 NAMED = {     # sections whose keys the user chooses
     ('models',), ('evaluators',), ('prompts', 'words'), ('prompts', 'words', 'description'), ('prompts', 'sets'),
     ('generate', 'sources'), ('laws', 'model_selection'), ('data', 'sets'), ('quality', 'sets'), ('classify', 'curves'),
-    ('classify', 'mixtures'), ('report', 'labels'), ('report', 'panels'), ('recipes',), ('study', 'seed_names'), ('prompts', 'written'),
-    ('prompts', 'captions'), ('prompts', 'also_named')}
+    ('classify', 'mixtures'), ('report', 'labels'), ('report', 'panels'), ('recipes',), ('study', 'seed_names'),
+    ('prompts', 'written'), ('prompts', 'captions'), ('prompts', 'also_named')}
 CLASSES = ('rare', 'mislabelled')      # dicts by class in a set's damage
 
 def study(data):
