@@ -28,7 +28,8 @@ def responses(df: pd.DataFrame,  # columns `by`, test_set, n, value (loss above 
         if not sizes: continue
         y = np.log(g.value).groupby([g[c] for c in [*by, 'n']]).mean().unstack('n')[sizes]
         found = dict(log_loss=(y[sizes[-1]], sizes[-1]))
-        if len(sizes) > 1: found['k'] = (pd.Series(y.to_numpy() @ slope_weights(sizes), y.index), sizes[0])
+        if len(sizes) > 1:
+            found['k'] = (pd.Series(y.to_numpy() @ slope_weights(sizes), y.index), sizes[0])
         for r, (v, n) in found.items():
             rows.append(v.rename('value').reset_index().assign(test_set=t, response=r, n=int(n)))
     if not rows: return pd.DataFrame(columns=[*by, 'value', 'test_set', 'response', 'n'])

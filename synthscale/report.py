@@ -147,7 +147,8 @@ def _figure(path,       # file
         holes = fig.axes[len(panels):]           # the bar fills the last row where that has a gap
         place = dict(ax=holes, location='top', fraction=.3) if holes else dict(ax=several, shrink=.8)
         made = fig.colorbar(several[0].images[0], label=bar, **place)
-        if isinstance(made.norm, matplotlib.colors.LogNorm): _plain_ticks(made.ax)
+        if isinstance(made.norm, matplotlib.colors.LogNorm):
+            _plain_ticks(made.ax)
     legend(fig, list(itertools.chain(*notes)))
     save(fig, path)
 

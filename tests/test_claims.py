@@ -17,7 +17,8 @@ def git(*args):
 @pytest.mark.parametrize('folder', DECLARED, ids=lambda p: p.name)
 def test_the_commit_that_params_yaml_names_declares_what_is_compared_and_changes_no_table(folder):
     commit = Study(folder).laws.declared
-    if git('cat-file', '-e', commit).returncode: pytest.skip('git does not have the commit here (a shallow clone?)')
+    if git('cat-file', '-e', commit).returncode:
+        pytest.skip('git does not have the commit here (a shallow clone?)')
     assert declared_as_now(folder, commit) is True
     changed = git('show', '--name-only', '--format=', commit).stdout.split()
     assert changed and not [p for p in changed if '/results/' in f'/{p}' or p.endswith('.csv')]
