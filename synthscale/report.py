@@ -394,7 +394,8 @@ def plot_exchange(ax,             # matplotlib axes
     _plain_ticks(ax)
     bounds = any(g.bound.isin(['<', '>']).any() for p, g in pairs if p in drawn)
     arrows = ['Arrows: bounds, since one curve does not reach the loss of the other.']*bounds
-    return [_BARS, 'Fill: the curve that pays; edge: the one that is paid for.', *arrows] if drawn else []
+    sides = ['Fill: the curve that pays; edge: the one that is paid for. Pairs stand side by side.']
+    return [_BARS, *sides, *arrows] if drawn else []
 
 # %% ../nbs/09_report.ipynb #adb75440
 def _gains(ax, g, look, apart, full):
