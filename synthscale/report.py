@@ -32,8 +32,8 @@ class ReportSection(Section):
     panels: dict[str, list[Ident]] = {}     # words -> curves of one panel of a second figure, all with the same axes
     mixing: list[Ident] = []           # curves that add synthetic images to a fixed number of real ones
     grids: list[Ident] = []            # curves shown as n_real x n_synthetic
-    labels: dict[Ident, str] = {}      # curve, set, prompt set or split of the tests: words for it in figures, on axes
-                                       # "cross-entropy on" them; what has no words has its name
+    labels: dict[Ident, str] = {}      # curve, set, prompt set or test split (on axes: loss "on" it): words for it in
+                                       # figures, else its name
     samples: list[Ident] = []          # sets shown as image grids
     factors_n_images: Union[Positive, None] = None   # size at which guidance, prompt sets and quality are compared
 
@@ -395,7 +395,8 @@ def plot_exchange(ax,             # matplotlib axes
     _plain_ticks(ax)
     bounds = any(g.bound.isin(['<', '>']).any() for p, g in pairs if p in drawn)
     arrows = ['Arrows: bounds, since one curve does not reach the loss of the other.']*bounds
-    return [_BARS, 'Fill: the curve that pays; edge: the one that is paid for.', *arrows] if drawn else []
+    sides = ['Fill: the curve that pays; edge: the one that is paid for. Pairs stand side by side.']
+    return [_BARS, *sides, *arrows] if drawn else []
 
 # %% ../nbs/09_report.ipynb #adb75440
 def _gains(ax, g, look, apart, full):
