@@ -8,10 +8,9 @@ import subprocess
 from functools import cached_property
 import numpy as np
 import pandas as pd
-from .curves import curves_of
 from .laws import fit_ranges, fit_table, measured, with_n
 from .primary import claims_table
-from .report import axes, labels_of, plot_scaling, style
+from .report import METRICS, Words, axes, labels_of, legend, plot_scaling, study_styles
 from .results import read_curves, summary
 from .study import Study, StudyError, nearest
 
@@ -62,8 +61,7 @@ class Analysis:
     @cached_property
     def styles(self):
         "Colour, marker and words of every curve, as in the figures of the report."
-        rep = self.study.report
-        return style(list(dict.fromkeys([*rep.scaling, *rep.mixing, *curves_of(self.study)])), self.labels)
+        return study_styles(self.study)
 
 # %% ../nbs/09a_analysis.ipynb #3afb5f31
 class _Asked:
@@ -79,9 +77,11 @@ class _Asked:
         "The points with their lines, one panel a test split."
         tests = tests or [t for t in self.analysis.tests if t in set(self.means.test_set)]
         looks = {c: self.analysis.styles[c] for c in dict.fromkeys(self.means.curve)}
+        words, notes = Words(self.analysis.labels, METRICS[self.metric]), []
         fig, panels = axes(len(tests), width=width, height=height)
         for ax, t in zip(panels, tests):
-            plot_scaling(ax, self.means, self.laws, t, looks)
+            notes += plot_scaling(ax, self.means, self.laws, t, looks, words=words)
+        legend(fig, notes)
         return fig
 
 def ask(analysis: Analysis,   # of a study

@@ -259,7 +259,8 @@ def plot_scaling(ax,                   # matplotlib axes
                 ) -> list:             # sentences on what the marks mean
     "Loss against n_images for each curve in `styles`, with its fitted line and, clearly apart, its forecast."
     shown = means[means.curve.isin(list(styles)) & (means.test_set == test_set)]
-    if set(shown.compute) == {'not checked'}: shown = shown.assign(compute='checked')     # full points say nothing then
+    if set(shown.compute) == {'not checked'}:
+        shown = shown.assign(compute='checked')        # full points say nothing then
     curves, most, ahead = [c for c in styles if c in set(shown.curve)], shown.n_seeds.max(), []
     for i, c in enumerate(curves):
         m, law = _rows(shown, c, test_set, 'n'), _rows(laws, c, test_set)
