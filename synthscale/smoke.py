@@ -143,8 +143,8 @@ def smoke_params() -> dict:
     p['laws'] = dict(
         compare=[['digits', 'rendered'], ['digits', 'names_g2']],
         model_selection=dict(prompts=dict(among=['names_g2', 'styles_g1'], n_images=80, selected='names_g2')))
-    p['report'] |= dict(scaling=['digits', 'names_g2', 'rendered'], mixing=['grid'], grids=['grid'], labels={},
-                        samples=['digits', 'rendered', 'names_g2'], factors_n_images=80)
+    p['report'] = dict(scaling=['digits', 'names_g2', 'rendered'], mixing=['grid'], grids=['grid'],
+                       samples=['digits', 'rendered', 'names_g2'], factors_n_images=80)
     return p
 
 # %% ../nbs/00b_smoke.ipynb #5327aa3b
