@@ -209,6 +209,7 @@ def compute_marks(moves: pd.DataFrame,   # curve, sizes, test set, metric, seed;
     """How far doubling the training moves the loss, with an interval. A point is `limited` where the move is larger
     than the tolerance and than the noise (where no noise is known, than the tolerance), `checked` otherwise."""
     keys = [*_POINT, 'metric']
+    moves = moves.astype(dict(doubled=float, once=float))           # a curve without checked points has no types
     v = moves.assign(log=np.log(moves.doubled/moves.once))
     g = v.groupby(keys, sort=False).log
     out = g.agg(['mean', 'var', 'size']).reset_index()
