@@ -6,7 +6,7 @@
 from __future__ import annotations
 import collections, hashlib, itertools, os, re, shutil, tarfile, unicodedata, zipfile, zlib
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Callable, Literal, Union
 import numpy as np
@@ -74,6 +74,7 @@ class RenderedDigitsSpec(Section):
     caption_incomplete: Rate = 0.3   # share of captions that leave the style out, as alt texts on the web do
     caption_wrong: Rate = 0.03       # share of captions that name another class
     caption_hypernym: Rate = 0.0     # share of captions that end in the hypernym of all ten classes, `digit`
+    caption_template: Rate = 0.0     # share of captions that are one of CLIP's 80 templates, as of the web
     damage: Damage = Damage()        # what is wrong with the set, on purpose
 
     @property
@@ -299,13 +300,20 @@ _SHAPES = ['a closed ring', 'a single upright stroke', 'a hook over a flat base'
            'two closed loops, one over the other', 'a closed bowl over a tall curve']
 _HYPERNYM = 'digit'      # of all ten: in WordNet 3.0 the hypernym of three, the number, is digit, figure
 
+@lru_cache
+def _clip_templates():
+    "CLIP's 80 templates, which are functions of a name; open_clip takes seconds to import."
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+    return OPENAI_IMAGENET_TEMPLATES
+
 def caption(label: int,         # class index
             font,               # row of fonts.csv
             classes: list,      # class names, in label order
             rng,                # numpy Generator
             incomplete: float,  # share of captions without style
             wrong: float,       # share of captions that name another class
-            hypernym: float = 0 # share of captions that end in `_HYPERNYM`
+            hypernym: float = 0,# share of captions that end in `_HYPERNYM`
+            template: float = 0 # share of captions that are a CLIP template with the class in it
            ) -> str:
     "A caption that states class, weight, slant, face or shape; sometimes only the class, rarely the wrong one."
     if rng.random() < wrong:
@@ -315,6 +323,8 @@ def caption(label: int,         # class index
     wordings = _SHORT if rng.random() < incomplete else _WORDINGS
     wording = wordings[int(rng.integers(len(wordings)))]
     words = wording.format(digit=digit, style=style, face=font.face, shape=_SHAPES[label])
+    if template and rng.random() < template:
+        words = _clip_templates()[int(rng.integers(80))](digit)
     return f'{words}, {_HYPERNYM}' if hypernym and rng.random() < hypernym else words
 
 def read_fonts(folder    # .ttf files and fonts.csv: file,face,weight,slant
@@ -373,7 +383,7 @@ def rendered_samples(spec,             # RenderedDigitsSpec
                 glyphs[key] = render_glyph(Path(folder)/font.file, str(drawn))
             bitmap = distort(glyphs[key], rng, spec.shear, spec.warp, spec.stroke)
             words = caption(named, font, classes, rng, spec.caption_incomplete, spec.caption_wrong,
-                            spec.caption_hypernym)
+                            spec.caption_hypernym, spec.caption_template)
             yield dict(split=split, label=labels[i], image=grey(uci_normalise(bitmap))[..., None], caption=words)
 
 # %% ../nbs/01_data.ipynb #def15700

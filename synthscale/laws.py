@@ -19,6 +19,7 @@ from .exchange import crossover, equivalent, exchange_rate, fit_mixture, margina
 from .forecast import Forecast, forecast, make_curve
 from .own import own_pairs, own_table, say
 from .primary import PrimaryComparison, primary_table
+from .relations import relation_tables
 from .results import check_complete, read_curves, t_interval
 from .curves import curves_of
 from .study import Ident, Positive, Section, Study, StudyError, nearest, write_csv
@@ -630,10 +631,21 @@ def fit_study(study: Study   # the study
                   model_selection=selection_table(loss, selections, study.classify.eval.validation),
                   forecasts=forecasts, diagnostics=diagnostics, exchange=exchange_table(n, l.compare),
                   crossovers=crossover_table(n, l.compare), mixtures=mixture_table(loss),
-                  class_laws=class_laws, class_relations=relations, class_groups=groups, **_study_damage(study))
+                  class_laws=class_laws, class_relations=relations, class_groups=groups,
+                  relations=_study_relations(study, loss), **_study_damage(study))
     for name, t in tables.items():
         write_csv(study.path('results', f'{name}.csv'), t)
     return laws
+
+def _study_relations(study, loss):
+    "What goes with the losses of the sources and of their classes (those of classes are not calibrated)."
+    per_class = pd.read_parquet(study.path('results', 'per_class.parquet'))
+    classes = positive(per_class[per_class.metric == 'loss'])
+    names = dict(curve='set', n_images='n')
+    sources = [t[t.curve.isin(study.raw.get('generate', {}).get('sources', {}))].drop(columns='n', errors='ignore')
+               for t in (loss, classes)]
+    quality = pd.read_csv(study.path('results', 'quality.csv'))
+    return relation_tables(*(t.rename(columns=names) for t in sources), quality)
 
 def _study_damage(study):
     "The two tables about damaged generators; empty where a study has none."

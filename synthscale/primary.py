@@ -13,7 +13,7 @@ from .components import (PARTS, effect, holm, run_contrast, shared_sizes, slope_
 from .study import Count, Ident, Section, StudyError, nearest
 
 # %% auto #0
-__all__ = ['PRIMARY', 'PrimaryComparison', 'primary_problems', 'primary_table']
+__all__ = ['PRIMARY', 'CLAIMS', 'PrimaryComparison', 'primary_problems', 'primary_table', 'outcome', 'claims_table']
 
 # %% ../nbs/07k_primary.ipynb #a56f37d8
 class PrimaryComparison(Section):
@@ -28,6 +28,8 @@ class PrimaryComparison(Section):
     generators_a: list[Ident] = []              # curves of all models of a's kind, a among them; empty: about a itself
     generators_b: list[Ident] = []              # of b's kind
     paired: bool = False                        # the models at the same place of both lists belong together
+    claim: str = ''                             # the sentence that it is evidence for
+    expected: Literal['differ', 'higher', 'lower'] = 'differ'   # what that sentence says of a against b
 
     @property
     def curves(self) -> list:
@@ -142,3 +144,30 @@ def primary_table(declared,             # list of PrimaryComparison
     signs = [r.estimate-(r.kind != 'exponent') for r in table.itertuples()]
     table['verdict'] = [verdict(dict(estimate=s), w, p) for s, w, p in zip(signs, words, table.p_holm)]
     return table
+
+# %% ../nbs/07k_primary.ipynb #ee11ae72
+CLAIMS = ['claim', 'comparison', 'n', 'test_set', 'metric', 'estimate', 'ci_lo', 'ci_hi', 'covers', 'p_holm', 'outcome']
+
+def outcome(verdict,    # of a row of primary.csv
+            above,      # whether the estimate lies above that of no difference
+            expected    # differ, higher or lower
+           ) -> str:    # holds, does not hold, not shown, holds for these models
+    "What a comparison says of the claim behind it."
+    if verdict == 'not shown': return 'not shown'
+    if expected != 'differ' and above != (expected == 'higher'): return 'does not hold'
+    return 'holds' if verdict != 'these models' else 'holds for these models'
+
+def claims_table(declared,              # list of PrimaryComparison
+                 primary: pd.DataFrame, # as in primary.csv; the first limits are about kinds where a claim is
+                 untested=()            # claims that nothing here was made for
+                ) -> pd.DataFrame:      # one row a comparison that names its claim, then the untested; columns CLAIMS
+    "What was found about each claim."
+    at, rows = primary.set_index('name'), []
+    for p in declared:
+        if not p.claim: continue
+        r = at.loc[p.name]
+        found = outcome(r.verdict, r.estimate > (p.kind != 'exponent'), p.expected)
+        what = {'exponent': f'k({p.a}) - k({p.b})', 'ratio': f'{p.a} / {p.b}', 'gain': f'{p.a} / {p.b}'}[p.kind]
+        rows.append([p.claim, what, *r[CLAIMS[2:-1]], found])
+    rows += [[c, *['']*4, *[np.nan]*3, '', np.nan, 'not tested'] for c in untested]
+    return pd.DataFrame(rows, columns=CLAIMS)
