@@ -45,8 +45,9 @@ def test_a_row_of_the_table(points, words):
         assert k.startswith(f'{mean:.2f} ') and low < mean < high
 
 def test_the_difference_of_the_exponents(points):
-    pattern = r'From (\d+) to (\d+) images the exponents k differ by ([\d.]+) \[([-\d.]+), ([-\d.]+)\]'
-    low, high, found, lo, hi = map(float, re.search(pattern, ' '.join(TEXT.split())).groups())
+    pattern = r'From ([\d,]+) to ([\d,]+) images the exponents k differ by ([\d.]+) \[([-\d.]+), ([-\d.]+)\]'
+    low, high, found, lo, hi = (
+        float(v.replace(',', '')) for v in re.search(pattern, ' '.join(TEXT.split())).groups())
     shared = [n for n in points[points.curve == 'reference'].n_images.unique()
               if low <= n <= high and n in set(points[points.curve == 'mnist'].n_images)]
     a, b = (exponents(points, c, 'test', shared) for c in ('mnist', 'reference'))
