@@ -291,7 +291,12 @@ def test_ray_listens_on_the_loopback_alone(study):
                     continue
     t = threading.Thread(target=look, daemon=True)
     t.start()
-    generate_source(study, NAME, workers=2)
+    for left in (2, 1, 0):      # where another test's Ray takes the same port in that moment, this one does not start
+        try:
+            generate_source(study, NAME, workers=2)
+            break
+        except StudyError as e:
+            if 'does not start' not in str(e) or not left: raise
     over.set()
     t.join(60)
     names = {n for n, _ in seen}
