@@ -626,40 +626,38 @@ def fit_study(study: Study   # the study
     gains = adjusted(gains, _declared(gains, l.primary, 'gain', _ADDED[:5]))
     selections = {k: (c.among, c.n_images, c.selected) for k, c in l.model_selection.items()}
     forecasts, diagnostics = forecast_table(n, ranges)
-    class_laws, relations, groups = _study_classes(study)
+    per_class = pd.read_parquet(study.path('results', 'per_class.parquet'))
+    quality = pd.read_csv(study.path('results', 'quality.csv'))
+    class_laws, relations, groups = _study_classes(study, per_class, quality)
     tables = dict(laws=laws, comparisons=comparisons, local_slopes=pd.concat(slopes, ignore_index=True),
                   primary=primary_table(l.primary, loss.assign(n=n.n), ranges, by_run, l.metric), added_data=gains,
                   model_selection=selection_table(loss, selections, study.classify.eval.validation),
                   forecasts=forecasts, diagnostics=diagnostics, exchange=exchange_table(n, l.compare),
                   crossovers=crossover_table(n, l.compare), mixtures=mixture_table(loss),
                   class_laws=class_laws, class_relations=relations, class_groups=groups,
-                  relations=_study_relations(study, loss), **_study_damage(study))
+                  relations=_study_relations(study, loss, per_class, quality),
+                  **_study_damage(study, per_class, quality))
     for name, t in tables.items():
         write_csv(study.path('results', f'{name}.csv'), t)
     return laws
 
-def _study_relations(study, loss):
+def _study_relations(study, loss, per_class, quality):
     "What goes with the losses of the sources and of their classes (those of classes are not calibrated)."
-    per_class = pd.read_parquet(study.path('results', 'per_class.parquet'))
     classes = positive(per_class[per_class.metric == 'loss'])
     names = dict(curve='set', n_images='n')
     sources = [t[t.curve.isin(study.raw.get('generate', {}).get('sources', {}))].drop(columns='n', errors='ignore')
                for t in (loss, classes)]
-    quality = pd.read_csv(study.path('results', 'quality.csv'))
     return relation_tables(*(t.rename(columns=names) for t in sources), quality)
 
-def _study_damage(study):
+def _study_damage(study, per_class, quality):
     "The two tables about damaged generators; empty where a study has none."
-    per_class = pd.read_parquet(study.path('results', 'per_class.parquet'))
-    changes = class_changes(damaged_pairs(study), per_class, pd.read_csv(study.path('results', 'quality.csv')))
+    changes = class_changes(damaged_pairs(study), per_class, quality)
     return dict(damage=damage_effects(changes), damage_changes=changes)
 
-def _study_classes(study):
+def _study_classes(study, per_class, quality):
     "The three tables about classes: a curve goes with the set whose images it adds."
     ranges, curves = fit_ranges(study), curves_of(study)
-    quality = pd.read_csv(study.path('results', 'quality.csv'))
     set_of = {c: scored_as(study, curves[c].synthetic or curves[c].real, set(quality['set'])) for c in ranges}
-    per_class = pd.read_parquet(study.path('results', 'per_class.parquet'))
     laws, relations = class_tables(per_class, ranges, study.laws.x, quality if len(quality) else None, set_of)
     return laws, relations, group_table(with_n(per_class[per_class.metric == 'recall'], study.laws.x), ranges)
 

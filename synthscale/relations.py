@@ -38,7 +38,7 @@ def responses(df: pd.DataFrame,  # columns `by`, test_set, n, value (loss above 
 # %% ../nbs/07m_relations.ipynb #804dd0d2
 PREDICTORS = [('recognizability_real', 'diversity'), ('recognizability_real', 'diversity_recognized')]
 RELATIONS = ['response', 'test_set', 'n', 'predictor', 'beside', 'estimate', 'ci_lo', 'ci_hi', 'p', 'predictor_sd',
-             'n_sources', 'n_classes']
+             'n_sources', 'n_classes', 'n_rows']
 
 def _scaled(d, names):
     "The predictors in standard deviations over the rows, and these; None where one does not vary."
@@ -67,7 +67,7 @@ def _relations(joined, fit):
             for i, (p, q) in enumerate((names, names[::-1])):
                 of = {k: v[i] for k, v in zip(('estimate', 'limits', 'p'), found)}
                 rows.append([response, t, int(d.n.iloc[0]), p, q, of['estimate'], *of['limits'], of['p'], found[3][p],
-                             d['set'].nunique(), n_classes])
+                             d['set'].nunique(), n_classes, len(d)])
     return pd.DataFrame(rows, columns=RELATIONS)
 
 def _wide(quality, keys):
@@ -93,6 +93,7 @@ def _mixed(d, names):
         warnings.simplefilter('ignore')                       # a variance of zero, at the edge, is an answer
         model = smf.mixedlm('y ~ a + b', data, groups=data.one, vc_formula=parts)
         fit, ab = model.fit(reml=True, method=['lbfgs', 'powell']), ['a', 'b']
+    if not fit.converged: return None
     return (*(t.loc[ab].to_numpy() for t in (fit.params, fit.conf_int(), fit.pvalues)), sd)
 
 def class_relations_mixed(df: pd.DataFrame,      # set, class, test_set, n, seed, value (loss above 0)

@@ -1,9 +1,11 @@
 "What the study set out to compare was declared before it was trained, and the claims follow from the tables."
 import subprocess
 from pathlib import Path
+import numpy as np
 import pandas as pd
 import pytest
 from synthscale.analysis import declared_as_now
+from synthscale.components import holm
 from synthscale.primary import claims_table, outcome
 from synthscale.study import Study
 
@@ -20,6 +22,10 @@ def test_the_commit_that_params_yaml_names_declares_what_is_compared_and_changes
     if git('cat-file', '-e', commit).returncode:
         pytest.skip('git does not have the commit here (a shallow clone?)')
     assert declared_as_now(folder, commit) is True
+    primary = Study(folder).laws.primary
+    assert primary
+    then = git('show', f'{commit}:results/curves.csv').stdout          # of the study before, or none
+    assert not {c for p in primary for c in sum(p.curves, [])} & {line.split(',')[2] for line in then.splitlines()}
     changed = git('show', '--name-only', '--format=', commit).stdout.split()
     assert changed and not [p for p in changed if '/results/' in f'/{p}' or p.endswith('.csv')]
 
@@ -51,5 +57,10 @@ def test_every_claim_has_its_row(folder):
     declared, table = Study(folder).laws.primary, pd.read_csv(folder/'results'/'primary.csv')
     claims = claims_table(declared, table)
     assert list(claims.claim) == [p.claim for p in declared if p.claim]
-    assert set(claims.outcome) <= {'holds', 'does not hold', 'not shown', 'holds for these models'}
-    assert len(declared) <= 8
+    assert len(declared) <= 8 and np.allclose(table.p_holm, holm(table.p))
+    about = {p.claim: p for p in declared}
+    for c in claims.itertuples():
+        above = c.estimate > (about[c.claim].kind != 'exponent')
+        as_expected = about[c.claim].expected in ('differ', 'higher' if above else 'lower')
+        words = 'holds for these models' if about[c.claim].about_kinds else 'holds'
+        assert c.outcome == ('not shown' if c.p_holm >= .05 else words if as_expected else 'does not hold')

@@ -124,3 +124,15 @@ def test_the_committed_results_say_the_same_everywhere(tmp_path):
         if not leads: continue
         for l in tables[0].itertuples():
             assert h['k'][l.curve][l.test_set]['k'] == pytest.approx(l.k, abs=6e-4)
+
+def test_the_tables_of_cifar10_follow_from_its_committed_points():
+    "Its points are stored nowhere else, so that no stage makes these tables again here."
+    folder = ROOT/'studies'/'cifar10'
+    s, df = Study(folder), read_curves(folder/'results'/'curves.csv')
+    for metric in METRICS_FITTED:
+        tables = fit_table(df, fit_ranges(s), s.laws.x, s.laws.compare, metric)
+        for fitted, name in zip(tables, ('laws', 'comparisons')):
+            committed = pd.read_csv(folder/'results'/f'{name}.csv')
+            committed = committed[committed.metric == metric].reset_index(drop=True)
+            assert len(committed)
+            pd.testing.assert_frame_equal(fitted.replace('', np.nan), committed, rtol=1e-6)
