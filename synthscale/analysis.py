@@ -65,7 +65,7 @@ class Analysis:
 
 # %% ../nbs/09a_analysis.ipynb #3afb5f31
 class _Asked:
-    "What `Analysis.ask` found: `laws`, `comparisons`, `means`, and `plot`."
+    "What `ask` found: `laws`, `comparisons`, `means`, and `plot`."
     def __init__(self, analysis, metric, means, laws, comparisons):
         self.analysis, self.metric, self.means, self.laws, self.comparisons = analysis, metric, means, laws, comparisons
 
@@ -89,7 +89,8 @@ def ask(analysis: Analysis,   # of a study
         metric: str = '',     # loss, loss_calibrated or error; default: the one that leads the study
         sizes: tuple = None   # smallest and largest number of images; default: what params.yaml declares for each curve
        ) -> _Asked:
-    "Exponents over any range and in any metric, refitted from the points; raises `StudyError` for unknown names."
+    """Exponents over any range and in any metric, refitted from the points; raises `StudyError` for unknown names.
+    Intervals cover seeds alone, whether or not the values of single images are there, and nothing is adjusted."""
     known = list(analysis.styles)
     for c in curves:
         if c not in known: raise StudyError.at('curve', c, 'a curve of the study', nearest(c, known))
