@@ -4,7 +4,7 @@
 
 # %% ../nbs/06_classify.ipynb #11e03a90
 from __future__ import annotations
-import functools, hashlib, json, os, platform, shutil, sys, time
+import functools, hashlib, importlib, json, os, platform, shutil, sys, time
 from dataclasses import astuple, replace
 from pathlib import Path
 import numpy as np
@@ -18,10 +18,11 @@ from .shards import check_subset, file_names, join, load_set, order_of, read_man
 from .study import Study, StudyError, die_with_parent, nearest, write_atomic, write_csv
 
 # %% auto #0
-__all__ = ['KEYS', 'split_of', 'split_rows', 'order_seeds', 'training_rows', 'training_images', 'point_config', 'versions',
-           'processor', 'environment_of', 'sealed', 'read_record', 'bring_points', 'find_point', 'run_point',
-           'check_curve', 'usable_processes', 'run_points', 'point_range', 'some_points', 'point_rows', 'class_rows',
-           'compute_check', 'version_note', 'write_points', 'run_curve']
+__all__ = ['KEYS', 'split_of', 'split_rows', 'order_seeds', 'training_rows', 'training_images', 'digest', 'samples_shown',
+           'point_config', 'versions', 'processor', 'environment_of', 'sealed', 'read_record', 'point_file',
+           'bring_points', 'find_point', 'run_point', 'check_curve', 'usable_processes', 'run_points', 'point_range',
+           'some_points', 'point_rows', 'class_rows', 'compute_check', 'version_note', 'write_points', 'run_curve',
+           'train_curve', 'write_curve']
 
 # %% ../nbs/06_classify.ipynb #d4953f60
 # Share of the free memory that the decoded images of one split may take, divided by the workers; more stays in shards.
@@ -99,19 +100,26 @@ def training_images(study: Study,    # the study
     return images, labels, np.concatenate([(name+':'+rows.key).to_numpy() for name, _, rows in parts])
 
 # %% ../nbs/06_classify.ipynb #d0000003
-def _digest(obj):
+def digest(obj    # plain data
+          ) -> str:
     "A hash of plain data."
     return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()
 
 def _images_and_labels(rows):
     "A hash of images and their labels, in their order."
-    return _digest([rows.sha256.tolist(), rows.label.tolist()])
+    return digest([rows.sha256.tolist(), rows.label.tolist()])
 
 def _mix(point):
     "How real and synthetic images are mixed, where that is not simply by their numbers."
     if not point.real_share and point.synthetic_weight == 1: return {}
     return dict(counts=[point.n_real, point.n_synthetic], weights=[1., point.synthetic_weight],
                 shares=[point.real_share, 1-point.real_share] if point.real_share else None)
+
+def samples_shown(study: Study,  # the study
+                  point: Point   # which run
+                 ) -> int:
+    "Images shown in a run, repeats included."
+    return samples_of(study.recipes[point.recipe], point)
 
 def point_config(study: Study,  # the study
                  point: Point   # which run
@@ -122,7 +130,7 @@ def point_config(study: Study,  # the study
     images = _images_and_labels(pd.concat([rows for _, _, rows in training_rows(study, point)]))
     return dict(engine=ENGINE, images=images, n_images=point.n_images, tests=tests, within=list(e.within),
                 classes=study.study.classes, recipe=recipe.model_dump(exclude={'reference'}), mix=_mix(point),
-                samples_seen=samples_of(recipe, point),
+                samples_seen=samples_shown(study, point),
                 seed=study.seed('point', point.seed), checkpoints=c.checkpoints)
 
 def versions() -> dict:
@@ -142,27 +150,29 @@ def environment_of(record: dict    # of a point
     "A hash of what a point was trained with: versions, processor, device. Points of one hash agree to the bit."
     made = record['made']
     about = {k: made[k] for k in ('versions', 'python', 'processor', 'device') if k in made}
-    return _digest(about)[:8]
+    return digest(about)[:8]
 
 # %% ../nbs/06_classify.ipynb #aaef88b0
 def sealed(record: dict    # of a point: key, config, tests, made
           ) -> dict:       # as it is after JSON, with `sha256`
     "A record with the hash of what it says."
     plain = json.loads(json.dumps({k: v for k, v in record.items() if k not in ('cached', 'sha256')}))
-    return plain | {'sha256': _digest(plain)}
+    return plain | {'sha256': digest(plain)}
 
 def read_record(text    # one line of JSON, str or bytes
                ):       # the record; None where it is damaged
     "A record, if its hash is that of what it says and its key that of its configuration."
     try:
         record = json.loads(text)
-        whole = sealed(record) == record and record['key'] == _digest(record['config']) and record['tests']
+        whole = sealed(record) == record and record['key'] == digest(record['config']) and 'tests' in record
         return record if whole and record['made']['versions'] else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 # %% ../nbs/06_classify.ipynb #477ddb70
-def _point_file(study, key):
+def point_file(study: Study,  # the study
+               key: str       # of the point
+              ) -> Path:
     "The place of a finished point."
     return study.path('build', 'points', key[:2], f'{key}.json')
 
@@ -184,16 +194,16 @@ def bring_points(study: Study,  # the study
     if lost := [str(i) for i, r in enumerate(records, 1) if r is None]:
         print(f"{file}: damaged in line {', '.join(lost)}; what is not in build/points is trained again",
               file=sys.stderr)
-    new = [r for r in records if r and _record_at(_point_file(study, r['key'])) is None]
+    new = [r for r in records if r and _record_at(point_file(study, r['key'])) is None]
     for r in new:
-        write_atomic(_point_file(study, r['key']), json.dumps(r, sort_keys=True))
+        write_atomic(point_file(study, r['key']), json.dumps(r, sort_keys=True))
     return len(new)
 
 def find_point(study: Study,  # the study
                config: dict   # as point_config gives it
               ):              # its record; None where there is none, or a damaged one
     "A finished point, if everything that decides its numbers is the same."
-    record = _record_at(_point_file(study, _digest(config)))
+    record = _record_at(point_file(study, digest(config)))
     return record | {'cached': True} if record and record['config'] == config else None
 
 # %% ../nbs/06_classify.ipynb #d0000005
@@ -227,7 +237,7 @@ def run_point(study_dir: str,  # the study's folder
     from synthscale.train import accelerator
     if not torch.cuda.is_available():
         torch.set_num_threads(1)         # so that the number of cores is not in the numbers
-    e, key = study.classify.eval, _digest(config)
+    e, key = study.classify.eval, digest(config)
     tests = {k: (s.images, s.labels) for k in e.every for s in [split_of(study, e.set_of(k), k)]}
     inputs = (*training_images(study, point), tests)
     acc, weights = accelerator(study.recipes[point.recipe]), study.path('build', 'weights', key)
@@ -238,7 +248,7 @@ def run_point(study_dir: str,  # the study's folder
                 cpu_s=round(time.process_time()-cpu, 2), wall_s=round(time.time()-wall, 2))
     record = sealed(dict(key=key, config=config, tests=result, made=made))
     if acc.is_main_process:
-        write_atomic(_point_file(study, key), json.dumps(record, sort_keys=True))
+        write_atomic(point_file(study, key), json.dumps(record, sort_keys=True))
         (weights/'state.safetensors').unlink(missing_ok=True)
         if not config['checkpoints']:
             shutil.rmtree(weights, ignore_errors=True)
@@ -291,19 +301,23 @@ def _own_gpu(run, folder):
     _held.extend(take_gpu(n, run, folder))
     torch.cuda.set_device(_held[0])
 
+def _trainer(point):
+    "The module that trains a point: this one, or that of pairs, which this one does not import."
+    return sys.modules[__name__] if not point.captions else importlib.import_module('synthscale.clip')
+
 def _worker(study_dir, point: tuple, parent: int):
     "run_point in a worker process, which ends with its parent; errors come back as values."
     if os.getpid() != parent:
         die_with_parent()
     try:
         _own_gpu(parent, study_dir)
-        return point, run_point(study_dir, Point(*point))
+        return point, _trainer(Point(*point)).run_point(study_dir, Point(*point))
     except Exception as e:
         return point, e
 
 def _jobs(study, todo, workers):
     "The results of points that are to be trained, as they come."
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: return ((astuple(p), run_point(study.dir, p)) for p in todo)
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: return ((astuple(p), _trainer(p).run_point(study.dir, p)) for p in todo)
     from synthscale.classify import _worker as exported
     work = delayed(_worker if workers == 1 else exported)
     pool = Parallel(n_jobs=usable_processes(workers), return_as='generator_unordered', pre_dispatch='2*n_jobs',
@@ -312,7 +326,7 @@ def _jobs(study, todo, workers):
 
 def _longest_first(study, point):
     "What points are sorted by, so that no worker waits for a long one at the end."
-    return -samples_of(study.recipes[point.recipe], point), astuple(point)[:7]
+    return -_trainer(point).samples_shown(study, point), astuple(point)[:7]
 
 # %% ../nbs/06_classify.ipynb #555b7dfe
 def run_points(study: Study,      # the study
@@ -320,7 +334,7 @@ def run_points(study: Study,      # the study
                workers: int = 0   # processes; 0: one per GPU, or per core
               ) -> dict:          # Point -> record
     "Find or train points, side by side (under torchrun in turn); finished ones are kept whatever happens to the rest."
-    done = {p: r for p in points if (r := find_point(study, point_config(study, p)))}
+    done = {p: r for p in points if (r := find_point(study, _trainer(p).point_config(study, p)))}
     todo = sorted((p for p in points if p not in done), key=lambda p: _longest_first(study, p))
     if not todo: return done
     failed, quiet = {}, os.environ.get('RANK', '0') != '0'
@@ -355,7 +369,8 @@ def some_points(study: Study,      # the study
                 workers: int = 0   # processes; 0: one per GPU, or per core
                ) -> tuple:         # points trained or found, points of the curve
     "Train some points of a curve into build/points, for a job array or under torchrun; the stage then finds them."
-    points = curve_points(check_curve(study, name), study.classify.compute_seeds)
+    check = _trainer(curve_of(study, name)).check_curve
+    points = curve_points(check(study, name), study.classify.compute_seeds)
     chosen = points[point_range(part, len(points), name)]
     bring_points(study, name)
     run_points(study, chosen, workers)
@@ -398,8 +413,7 @@ def class_rows(study: Study,  # the study
               ) -> list:
     "The per-class rows of one point: recall and loss of the classes that a test set has."
     base, rows = dict(curve=curve) | _point_keys(p), []
-    for t in study.classify.eval.every:
-        m = record['tests'][t]
+    for t, m in record['tests'].items():
         for i, name in enumerate(study.study.classes):
             if not m['class_n'][i]: continue
             for k in ('recall', 'loss'):
@@ -456,11 +470,27 @@ def run_curve(study: Study,      # the study
     source = study.generate.sources.get(name) if 'generate' in study.raw else None
     has_curve = not source or source.curve.n_images
     points = curve_points(check_curve(study, name), study.classify.compute_seeds) if has_curve else []
+    return write_curve(study, name, points, train_curve(study, name, points, workers), point_rows)
+
+def train_curve(study: Study,      # the study
+                name: str,         # of a curve
+                points: list,      # its points
+                workers: int = 0   # processes; 0: one per GPU, or per core
+               ) -> dict:          # Point -> record
+    "Find the points of a curve among those that DVC keeps, and train the others."
     bring_points(study, name)
-    done = run_points(study, points, workers)
-    times = curve_of(study, name).train_multiplier if has_curve else 1
+    return run_points(study, points, workers)
+
+def write_curve(study: Study,  # the study
+                name: str,     # of a curve
+                points: list,  # its points
+                done: dict,    # Point -> record
+                rows_of        # (study, curve, point, record) -> rows of curve.csv
+               ) -> pd.DataFrame:    # the rows of the curve
+    "Write the points of a curve and its tables to runs/classify/NAME."
+    times = curve_of(study, name).train_multiplier if points else 1
     once = [p for p in points if p.train_multiplier == times]
-    df = pd.DataFrame([r for p in once for r in point_rows(study, name, p, done[p])], columns=[*KEYS, *_VALUES])
+    df = pd.DataFrame([r for p in once for r in rows_of(study, name, p, done[p])], columns=[*KEYS, *_VALUES])
     per_class = pd.DataFrame([r for p in once for r in class_rows(study, name, p, done[p])], columns=_CLASS_COLUMNS)
     out = study.path('runs', 'classify', name)
     write_points(study, name, [done[p] for p in points])

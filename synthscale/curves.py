@@ -114,10 +114,12 @@ class CurveSpec:
     equal_exposures: bool = False    # each real image of a mixture is shown as often as alone
     compute_sizes: tuple = None      # images of the points whose training is doubled; None: both ends
     as_long: str = ''                # the curve of the real images alone, trained as long
+    captions: str = ''               # of a curve of pairs, which trains CLIP models: the pool of its captions
 
     @property
     def sizes(self) -> list:
-        "The (n_real, n_synthetic) pairs of the grid, smallest total first."
+        "The (n_real, n_synthetic) pairs of the grid, smallest total first; of pairs, each caption has an image of each."
+        if self.captions and self.real and self.synthetic: return sorted(set(zip(self.n_real, self.n_synthetic)))
         return sorted({(r, s) for r in self.n_real for s in self.n_synthetic}, key=lambda p: (sum(p), p))
 
     def seeds_at(self, size: tuple) -> int:
@@ -152,7 +154,7 @@ def _one_set(study, name, c):
 
 def curves_of(study: Study    # the study
              ) -> dict:       # name -> CurveSpec
-    "All curves of a study: those of single sets, those that sources bring, then mixtures."
+    "All curves of a study: those of single sets, those that sources bring, mixtures, then those of pairs."
     s = study.classify
     out = {n: _one_set(study, c.set, c) for n, c in s.curves.items()}
     sources = study.generate.sources if 'generate' in study.raw else {}
@@ -161,7 +163,9 @@ def curves_of(study: Study    # the study
         out[n] = CurveSpec(real=m.real, synthetic=m.synthetic, n_real=tuple(m.n_real), n_synthetic=tuple(m.n_synthetic),
                            real_share=m.real_share, synthetic_weight=m.synthetic_weight, as_long=m.as_long,
                            equal_exposures=m.exposures == 'real', **_common(study, m))
-    return out
+    if not study.raw.get('clip'): return out
+    from synthscale.clip_curves import clip_curves_of
+    return out | clip_curves_of(study)
 
 def curve_of(study: Study,  # the study
              name: str      # of a curve
@@ -186,6 +190,7 @@ class Point:
     synthetic_weight: float = 1.   # of a synthetic image's loss, where there are real and synthetic images
     balance: str = 'equal'         # of the classes; own: with the class shares of the sets
     equal_exposures: bool = False  # each real image is shown as often as it would be alone
+    captions: str = ''             # the pool of the captions of pairs; empty: labelled images
 
     @property
     def n_images(self) -> int:
@@ -204,7 +209,7 @@ def curve_points(c: CurveSpec,              # the curve
     def at(size, seed, times):
         mixed = (c.real_share, c.synthetic_weight) if all(size) else (None, 1.)
         equal = c.equal_exposures and all(size)
-        return Point(c.recipe, c.real, c.synthetic, *size, seed, times*c.train_multiplier, *mixed, c.balance, equal)
+        return Point(c.recipe, c.real, c.synthetic, *size, seed, times*c.train_multiplier, *mixed, c.balance, equal, c.captions)
     most = c.seeds if compute_seeds is None else compute_seeds
     once = [at(s, k, 1) for s in c.sizes for k in range(c.seeds_at(s))]
     return once + [at(s, k, 2) for s in checked_sizes(c) for k in range(min(c.seeds_at(s), most))]

@@ -66,7 +66,8 @@ class StudyInfo(Section):
     "What the study is, and the label space that all of its image sets share."
     name: Ident                      # the first column of every row of results
     seed: int = 0                    # every random choice in the study derives from it
-    classes: Annotated[list[Ident], Field(min_length=2)]       # label i is classes[i]
+    classes: Annotated[list[Ident], Field(min_length=1)]       # label i is classes[i]; one, e.g. [any], where images
+                                     # have captions and no labels
     seed_names: dict[Ident, Ident] = {}      # name -> the name that its random choices derive from: what was renamed
                                      # after it was made keeps its order and its weights
 
@@ -177,8 +178,8 @@ SECTIONS = {      # section of params.yaml -> module and class that type it
     'study': 'study.StudyInfo', 'data': 'data.DataSection', 'models': 'models.ModelsSection',
     'prompts': 'prompts.PromptsSection', 'generate': 'generate.GenerateSection', 'recipes': 'recipes.RecipesSection',
     'evaluators': 'evaluators.EvaluatorsSection', 'filters': 'filters.FiltersSection', 'merged': 'merged.MergedSection',
-    'quality': 'curves.QualitySection', 'classify': 'curves.ClassifySection', 'laws': 'laws.LawsSection',
-    'report': 'report.ReportSection'}
+    'quality': 'curves.QualitySection', 'classify': 'curves.ClassifySection', 'clip': 'clip_curves.ClipSection',
+    'laws': 'laws.LawsSection', 'report': 'report.ReportSection'}
 
 def section_class(name: str    # of a section
                  ):            # a Section class, or dict[Key, Section class]
