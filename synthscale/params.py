@@ -88,8 +88,8 @@ def _check_classes(c):
 def _check_case(c):
     "Names that are folders differ in more than upper and lower case, which some file systems do not tell apart."
     s = c.study
-    groups = {'image sets': s.sets, 'models': s.models, 'prompt sets': s.prompts.every, 'evaluators': s.evaluators,
-              'curves': [*s.classify.curves, *s.classify.mixtures]}
+    groups = {'image sets': s.sets, 'models': s.models, 'prompt sets': {**s.prompts.every, **s.clip.pools},
+              'evaluators': s.evaluators, 'curves': [*s.classify.curves, *s.classify.mixtures]}
     for what, names in groups.items():
         first = {}
         for n in names:
@@ -299,11 +299,28 @@ class _Asked:
 
 def _check_prompt_names(c, p):
     "Each prompt set has a name of its own."
-    groups = {'prompts.sets': p.sets, 'prompts.written': p.written, 'prompts.captions': p.captions}
-    for n in p.every:
+    groups = {'prompts.sets': p.sets, 'prompts.written': p.written, 'prompts.captions': p.captions,
+              'clip.pools': c.study.clip.pools}
+    for n in {**p.every, **c.study.clip.pools}:
         where = [k for k, there in groups.items() if n in there]
         if len(where) < 2: continue
         c.say(f"{n!r} is under {where[0]} and under {where[1]}: each prompt set needs its own name")
+
+# %% ../nbs/10_params.ipynb #f8260927
+def _check_pools(c):
+    "Caption pools are made of sets that exist and hold no test image."
+    s, e = c.study, c.study.classify.eval
+    own = {**s.data.sets, **s.filters, **s.merged}
+    for name, p in s.clip.pools.items():
+        key = f'clip.pools.{name}'
+        c.ref(f'{key}.set', p.set, own, 'set under data.sets, filters or merged')
+        tested = any((p.set, p.split) == (e.set_of(n), n) for n in e.every)
+        c.unless(not tested, f'{key}.split', p.split,
+                 f"a training split of {p.set!r}: models are validated or tested on this one (classify.eval)")
+        drawn, least = [n for n, spec in s.generate.sources.items() if spec.prompts == name], len(s.study.classes)
+        c.unless(not drawn or not p.n or p.n >= least, f'{key}.n', p.n,
+                 f'at least one caption for each of {least} classes, because a source is generated from it '
+                 f'({", ".join(drawn)})')
 
 # %% ../nbs/10_params.ipynb #a4000014
 def _check_sources(c):
@@ -313,7 +330,8 @@ def _check_sources(c):
         spec, key = source_spec(s, n), f'generate.sources.{n}'
         c.ref(f'{key}.model', spec.model, s.models, 'model under models')
         _check_task(c, f'{key}.model', spec.model, ['text-to-image'])
-        c.ref(f'{key}.prompts', spec.prompts, s.prompts.every, 'prompt set under prompts')
+        c.ref(f'{key}.prompts', spec.prompts, {**s.prompts.every, **s.clip.pools},
+              'prompt set under prompts, or caption pool under clip.pools')
         if spec.n_images is None:
             c.say(f"key '{key}.n_images' is missing, and generate.n_images, which would do for every source, too")
         else:
@@ -388,6 +406,7 @@ def _check_splits(c):
     named += [(f'models.{k}.split', m.input.removeprefix('sets/'), m.split) for k, m in s.models.items()
               if not isinstance(m, (HubSpec, LocalSpec, BackboneSpec))]
     named += [(f'prompts.captions.{k}.split', p.set, p.split) for k, p in s.prompts.captions.items()]
+    named += [(f'clip.pools.{k}.split', p.set, p.split) for k, p in s.clip.pools.items()]
     for key, name, split in named:
         known = known_splits(s.data.sets[name]) if name in s.data.sets else None
         if known is None or split in known: continue
@@ -508,12 +527,12 @@ def _check_report(c):
     for n in s.report.samples:
         c.ref('report.samples', n, s.sets, _ANY_SET)
     for n in s.report.labels:
-        known = [*curves, *s.sets, *s.prompts.every, *s.classify.eval.every]
+        known = [*curves, *s.sets, *s.prompts.every, *s.clip.pools, *s.classify.eval.every]
         c.ref('report.labels', n, known, 'curve, set, prompt set or test split')
 
 _CHECKS = (_check_classes, _check_sets, _check_case, _check_images, _check_models, _check_prompts, _check_written,
-           _check_sources, _check_recipes, _check_evaluators, _check_filters, _check_eval, _check_curves, _check_laws,
-           _check_report)
+           _check_pools, _check_sources, _check_recipes, _check_evaluators, _check_filters, _check_eval, _check_curves,
+           _check_laws, _check_report)
 
 # %% ../nbs/10_params.ipynb #a4000018
 REQUIRED = ('study', 'data', 'classify')     # the sections without which there is no study

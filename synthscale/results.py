@@ -313,6 +313,7 @@ def collect(study: Study   # the study
     prune(study.path('runs', 'data'), study.sets)
     own = {k: list(study.raw.get(k, {})) for k in ('models', 'evaluators', 'filters', 'merged')}
     own['prompts'] = [n for k in ('sets', 'written', 'captions') for n in study.raw.get('prompts', {}).get(k) or {}]
+    own['pools'] = list(study.raw.get('clip', {}).get('pools') or {})
     prune_costs(study.path('runs', 'costs'), own | dict(data=list(study.data.sets), generate=_sources(study),
                                                         quality=scored, classify=list(trained)))
 

@@ -66,8 +66,8 @@ class StudyInfo(Section):
     "What the study is, and the label space that all of its image sets share."
     name: Ident                      # the first column of every row of results
     seed: int = 0                    # every random choice in the study derives from it
-    classes: Annotated[list[Ident], Field(min_length=1)]       # label i is classes[i]; one, e.g. [any], where images
-                                     # have captions and no labels
+    classes: Annotated[list[Ident], Field(min_length=1)]       # label i is classes[i]; one alone for image-caption
+                                     # pairs that have no classes
     seed_names: dict[Ident, Ident] = {}      # name -> the name that its random choices derive from: what was renamed
                                      # after it was made keeps its order and its weights
 
