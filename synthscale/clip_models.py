@@ -16,7 +16,7 @@ from .study import StudyError, nearest, write_atomic
 from .train import create_net
 
 # %% auto #0
-__all__ = ['tower_name', 'ClipModel', 'model_config', 'build_clip', 'pair_macs', 'save_clip', 'load_clip', 'cut_texts']
+__all__ = ['tower_name', 'ClipModel', 'model_config', 'build_clip', 'pair_macs', 'save_clip', 'load_clip']
 
 # %% ../nbs/06a_clip_models.ipynb #f1f6049f
 _TOWERS = 'synthscale_towers'      # a module of timm's registry for them
@@ -171,20 +171,3 @@ def load_clip(folder    # as written by save_clip
         raise StudyError(f"{folder/_WEIGHTS}: the weights of another model than synthscale.json describes: "
                          f"{str(e)[:200]}") from None
     return m
-
-# %% ../nbs/06a_clip_models.ipynb #de0d0205
-def cut_texts(tokenizer,  # of a model
-              texts: list # captions
-             ) -> np.ndarray:    # bool
-    "Which texts are longer than the text tower reads."
-    n = tokenizer.context_length
-    def tokens(length):
-        return np.concatenate([tokenizer(texts[i:i+4096], context_length=length).numpy()
-                               for i in range(0, len(texts), 4096)])
-    if not len(texts): return np.zeros(0, bool)
-    longer = tokens(n+1)
-    return longer[:, n] != _padding(tokenizer, n)
-
-def _padding(tokenizer, n):
-    "The token that fills up a short text."
-    return int(tokenizer(['a'], context_length=n+1)[0, n])

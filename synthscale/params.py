@@ -89,7 +89,8 @@ def _check_case(c):
     "Names that are folders differ in more than upper and lower case, which some file systems do not tell apart."
     s = c.study
     groups = {'image sets': s.sets, 'models': s.models, 'prompt sets': {**s.prompts.every, **s.clip.pools},
-              'evaluators': s.evaluators, 'curves': [*s.classify.curves, *s.classify.mixtures]}
+              'evaluators': s.evaluators,
+              'curves': [*s.classify.curves, *s.classify.mixtures, *s.clip.curves, *s.clip.mixtures]}
     for what, names in groups.items():
         first = {}
         for n in names:
@@ -430,7 +431,8 @@ def _curve_names(c):
     "Where each curve is in params.yaml; each has a name of its own."
     s, where = c.study, {}
     places = {'classify.curves': s.classify.curves, 'classify.mixtures': s.classify.mixtures,
-              'generate.sources': [n for n, x in s.generate.sources.items() if x.curve.n_images]}
+              'generate.sources': [n for n, x in s.generate.sources.items() if x.curve.n_images],
+              'clip.curves': s.clip.curves, 'clip.mixtures': s.clip.mixtures}
     for place, names in places.items():
         for n in names:
             if n in where:
@@ -477,6 +479,7 @@ def _check_curves(c):
     _check_slots(c)
     if c.found: return
     for n, k in curves_of(s).items():
+        if k.captions: continue          # a curve of pairs
         key = f'{where[n]}.{n}'+('.curve' if where[n] == 'generate.sources' else '')
         recipe = k.recipe or 'none: neither here nor under classify.recipe'
         c.ref(f'{key}.recipe', recipe, s.recipes, 'recipe under recipes')
@@ -488,8 +491,43 @@ def _check_curves(c):
         if most and max(sizes) > most:
             c.say(f"{key}.n_images asks for {max(sizes)} images, and the source has {most}")
 
+# %% ../nbs/10_params.ipynb #06df3d42
+def _check_pair_sets(c, key, k):
+    "The images of a curve of pairs are those of its pool, or were generated from it."
+    s, pool = c.study, c.study.clip.pools.get(k.captions)
+    c.ref(f'{key}.captions', k.captions, s.clip.pools, 'caption pool under clip.pools')
+    if not pool: return
+    for slot in ('set', 'real', 'synthetic'):
+        name = getattr(k, slot, None)
+        if not name or name == pool.set: continue
+        drawn = [n for n, x in s.generate.sources.items() if x.prompts == k.captions]
+        c.ref(f'{key}.{slot}', name, [pool.set, *drawn], f'the set of pool {k.captions!r}, or source generated from it')
+    most = min([n for n in (pool.n, *(source_spec(s, x).n_images for x in (getattr(k, 'set', ''),
+                                                                       getattr(k, 'synthetic', ''))
+                                      if x in s.generate.sources)) if n], default=None)
+    c.unless(not most or max(k.n_pairs) <= most, f'{key}.n_pairs', max(k.n_pairs),
+             f'at most {most} pairs, which is what its captions and images give')
+
+def _check_pairs(c):
+    "Curves of pairs, what their models are asked, and the recipes by which they are trained."
+    s, e = c.study, c.study.classify.eval
+    for place in ('curves', 'mixtures'):
+        for n, k in getattr(s.clip, place).items():
+            key, recipe = f'clip.{place}.{n}', k.recipe or s.clip.recipe or 'none: neither here nor under clip.recipe'
+            c.ref(f'{key}.recipe', recipe, s.clip.recipes, 'recipe under clip.recipes')
+            _check_pair_sets(c, key, k)
+    for split in s.clip.retrieval:
+        c.ref('clip.retrieval', split, e.every, 'split under classify.eval')
+    for n, a in s.clip.attributes.items():
+        c.ref(f'clip.attributes.{n}.split', a.split, e.every, 'split under classify.eval')
+    for name in (s.clip.zero_shot.names if s.clip.zero_shot else ()):
+        c.ref('clip.zero_shot.names', name, s.study.classes, 'class of the study')
+    trained = [*s.clip.curves, *s.clip.mixtures]
+    c.unless(not trained or s.clip.zero_shot or s.clip.retrieval, 'clip.retrieval', s.clip.retrieval,
+             'a split with captions, or a section clip.zero_shot: the models would be asked nothing')
+
 # %% ../nbs/10_params.ipynb #a4000016
-_CURVE = 'curve under classify.curves, classify.mixtures or generate.sources'
+_CURVE = 'curve under classify.curves, classify.mixtures, generate.sources, clip.curves or clip.mixtures'
 
 def _check_laws(c):
     "Laws name curves and sizes that exist."
@@ -531,8 +569,8 @@ def _check_report(c):
         c.ref('report.labels', n, known, 'curve, set, prompt set or test split')
 
 _CHECKS = (_check_classes, _check_sets, _check_case, _check_images, _check_models, _check_prompts, _check_written,
-           _check_pools, _check_sources, _check_recipes, _check_evaluators, _check_filters, _check_eval, _check_curves,
-           _check_laws, _check_report)
+           _check_pools, _check_sources, _check_recipes, _check_evaluators, _check_filters, _check_eval, _check_pairs,
+           _check_curves, _check_laws, _check_report)
 
 # %% ../nbs/10_params.ipynb #a4000018
 REQUIRED = ('study', 'data', 'classify')     # the sections without which there is no study
@@ -556,7 +594,7 @@ def problems(study: Study    # as read, not yet checked
         c = _Checks(study)
         check(c)
         found += c.found
-        if c.found and check in (_check_sets, _check_filters, _check_curves): break      # what follows builds on these
+        if c.found and check in (_check_sets, _check_filters, _check_pairs, _check_curves): break      # what follows builds on these
     return list(dict.fromkeys(found))
 
 def check_study(study: Study    # as read
@@ -582,6 +620,13 @@ def _evaluator_dump(e, recipes, models):
     own = dict(model=models[e['backbone']]) if e['backbone'] else dict(recipe=recipes[e['recipe']])
     return {k: v for k, v in e.items() if v not in ('', {})} | own
 
+def _clip_dump(study, curves):
+    "The section clip as its stages depend on it: pools, curves with their recipes, and what the models are asked."
+    made = _dump(study.clip)
+    recipes = {n: {k: v for k, v in r.items() if k != 'reference'} for n, r in made['recipes'].items()}
+    return dict(pools=made['pools'], asked={k: made[k] for k in ('zero_shot', 'attributes', 'retrieval')},
+                curves={n: _dump(c) | dict(recipe_name=c.recipe, recipe=recipes[c.recipe]) for n, c in curves.items()})
+
 def resolved(study: Study    # checked
             ) -> dict:       # contents of build/params.json
     "All parameters of a study with their defaults, as its stages depend on them."
@@ -593,17 +638,18 @@ def resolved(study: Study    # checked
     out['generate'] |= {'sources': sources}
     out['recipes'] = recipes
     out['evaluators'] = {n: _evaluator_dump(e, recipes, out['models']) for n, e in out['evaluators'].items()}
-    curves = {n: _dump(c) for n, c in curves_of(study).items()}
-    for c in curves.values():
-        c |= {'recipe_name': c['recipe'], 'recipe': recipes[c['recipe']]}
+    every = curves_of(study)
+    curves = {n: _dump(c) | dict(recipe_name=c.recipe, recipe=recipes[c.recipe])
+              for n, c in every.items() if not c.captions}
     out['classify'] |= {'curves': curves}
+    out['clip'] = _clip_dump(study, {n: c for n, c in every.items() if c.captions})
     for key in ('mixtures', 'recipe', 'seeds', 'one_seed_above', 'balance'):
         del out['classify'][key]
     out['laws'] |= {'fit_range': fit_ranges(study)}
     out['quality'] |= {'sets': _dump(scored_sets(study))}
     del out['quality']['balance']
     out['report'] |= {'labels': labels_of(study)}
-    out['names'] = dict(sets=study.sets, curves=list(curves), scored=list(out['quality']['sets']),
+    out['names'] = dict(sets=study.sets, curves=list(every), scored=list(out['quality']['sets']),
                         damaged=damaged_pairs(study).to_dict('records'))
     return out
 

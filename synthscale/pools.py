@@ -32,7 +32,7 @@ def caption_lines(caption: str    # of a manifest
     return [' '.join(line.split()) for line in lines if line.strip()]
 
 # %% ../nbs/03b_pools.ipynb #60736968
-_COLUMNS = ['class', 'label', 'prompt', 'origin', 'key']
+_COLUMNS = ['class', 'label', 'prompt', 'origin', 'key', 'captions']      # captions: all of an image, one a line
 
 def pool_spec(study: Study,   # the study
               name: str       # under clip.pools
@@ -43,18 +43,18 @@ def pool_spec(study: Study,   # the study
     return pools[name]
 
 def _captioned(m, where):
-    "The first caption of each row of a manifest; an image without one is an error that names it."
+    "The captions of each row of a manifest; an image without one is an error that names it."
     lines = [caption_lines(c) for c in m.caption]
     none = [i for i, found in enumerate(lines) if not found]
     if none:
         raise StudyError(f"{where}: {len(none)} of {len(m)} images have no caption, the first is "
                          f"{file_names(m).iloc[none[0]]}; a pool needs one for each image (type 'pairs' leaves out "
                          "images without a caption)")
-    return [found[0] for found in lines]
+    return lines
 
 def pool_table(study: Study,   # the study
                name: str       # under clip.pools
-              ) -> pd.DataFrame:     # class, label, prompt, origin, key: one row per image, in the order of the pool
+              ) -> pd.DataFrame:     # class, label, prompt, origin, key, captions: one row per image, in their order
     "The captions of a pool."
     spec = pool_spec(study, name)
     m = read_manifest(study.set_dir(spec.set))
@@ -66,8 +66,9 @@ def pool_table(study: Study,   # the study
         counts = np.bincount(m.label)
         check_subset(spec.set, counts[counts > 0], spec.n)
     m = m.iloc[balanced_order(m.label, study.seed('pool', name))[:spec.n]]
-    prompts = _captioned(m, f'set {spec.set!r}, split {spec.split!r}')
-    out = m[['class', 'label', 'key']].assign(prompt=prompts, origin=[f'{spec.set}/{k}' for k in m.key])
+    lines = _captioned(m, f'set {spec.set!r}, split {spec.split!r}')
+    out = m[['class', 'label', 'key']].assign(prompt=[found[0] for found in lines], captions=list(map('\n'.join, lines)),
+                                              origin=[f'{spec.set}/{k}' for k in m.key])
     return out[_COLUMNS].reset_index(drop=True)
 
 # %% ../nbs/03b_pools.ipynb #6362ea56
@@ -99,14 +100,15 @@ def _check_rows(t, path, classes):
     check_prompts(t.assign(label=t['class'].map({c: i for i, c in enumerate(found)})), path, found)
     for wrong, words in ((t.key.duplicated(), 'the key of an earlier row'),
                          (t.prompt != [' '.join(caption_lines(p)) for p in t.prompt], 'a caption with other blanks '
-                          'than single ones between words')):
+                          'than single ones between words'),
+                         (t.prompt != t.captions.str.partition('\n')[0], 'a prompt that is not its first caption')):
         if not wrong.any(): continue
         i = int(wrong.to_numpy().argmax())
         raise StudyError(f"{path}: row {i+2} ({t.key[i]}) has {words}")
 
 def read_pool(study: Study,   # the study
               name: str       # under clip.pools
-             ) -> pd.DataFrame:      # class, label, prompt, origin, key
+             ) -> pd.DataFrame:      # class, label, prompt, origin, key, captions
     "A pool as the stage wrote it, checked."
     spec, path, again = pool_spec(study, name), _path(study, name), f"; 'dvc repro pools@{name}' makes it again"
     if not path.exists(): raise StudyError(f"{path}: no such file; 'dvc repro pools@{name}' makes it")
@@ -149,8 +151,8 @@ def _of_own_set(study, pool, table, m):
     if lost: raise StudyError(f"pool {pool!r}: {len(lost)} images are not in set {name!r}, e.g. {lost[0]}{again}")
     at = place[table.key].to_numpy()
     rows = m.iloc[at]
-    now = [(caption_lines(c) or [''])[0] for c in rows.caption]
-    for i, (a, b) in enumerate(zip(zip(now, rows['class']), zip(table.prompt, table['class']))):
+    now = ['\n'.join(caption_lines(c)) for c in rows.caption]
+    for i, (a, b) in enumerate(zip(zip(now, rows['class']), zip(table.captions, table['class']))):
         if a == b: continue
         raise StudyError(f"pool {pool!r}: image {table.key[i]} of set {name!r} has caption {a[0]!r} and class "
                          f"{a[1]!r}, in the pool {b[0]!r} and {b[1]!r}{again}")

@@ -14,7 +14,7 @@ from .recipes import METRICS, PER_IMAGE, unpack_values
 from .study import Study, StudyError, nearest, write_csv
 
 # %% auto #0
-__all__ = ['NEEDED', 'DEFAULTS', 'KEYS', 'read_table', 'raw_curves', 'read_curves', 'check_curves', 'expected_rows',
+__all__ = ['NEEDED', 'DEFAULTS', 'KEYS', 'PAIRS', 'read_table', 'raw_curves', 'read_curves', 'check_curves', 'expected_rows',
            'check_complete', 'prune', 'prune_costs', 't_interval', 'compute_marks', 'summary', 'point_records',
            'image_values', 'environments', 'collect']
 
@@ -22,6 +22,8 @@ __all__ = ['NEEDED', 'DEFAULTS', 'KEYS', 'read_table', 'raw_curves', 'read_curve
 NEEDED = ['curve', 'n_images', 'value']
 DEFAULTS = dict(seed=0, test_set='test', metric='loss')
 KEYS = ['curve', 'n_images', 'n_real', 'n_synthetic', 'seed', 'test_set', 'metric']     # what a row is of
+PAIRS = ['curve', 'train_sets', 'n_images', 'n_real', 'n_synthetic', 'seed', 'task', 'split', 'metric', 'value', 'stderr',
+         'n', 'point']           # columns of pairs.csv: what else CLIP models were asked, and what they were shown
 _WORDS = ['curve', 'test_set', 'metric']              # text, also where it looks like a number or like NA
 _MISSING = ['', 'NA', 'N/A', 'nan', 'NaN', 'null', 'None', '#N/A']
 
@@ -144,6 +146,7 @@ def expected_rows(study: Study   # the study
     "The keys that params.yaml promises: one row per curve, size, seed, test set and metric."
     e, rows = study.classify.eval, []
     for name, c in curves_of(study).items():
+        if c.captions and not study.clip.zero_shot: continue          # pairs without classes
         for r, s in c.sizes:
             each = itertools.product(range(c.seeds_at((r, s))), e.every, METRICS)
             rows += [dict(curve=name, n_real=r, n_synthetic=s, seed=k, test_set=t, metric=m) for k, t, m in each]
@@ -245,6 +248,9 @@ def summary(df: pd.DataFrame,              # rows as in curves.csv
 def _maker(study, stage, name):
     "The name of the dvc stage that makes an output of `classify` or `quality`: both have more than one group."
     if name in study.raw.get('generate', {}).get('sources', {}): return f'{stage}_sources@{name}'
+    clip = study.raw.get('clip') or {}
+    if name in (clip.get('curves') or {}): return f'clip@{name}'
+    if name in (clip.get('mixtures') or {}): return f'clip_mixtures@{name}'
     if stage == 'quality': return f'quality_sets@{name}'
     return f'classify_mixtures@{name}' if name in study.raw['classify'].get('mixtures', {}) else f'classify@{name}'
 
@@ -315,7 +321,7 @@ def collect(study: Study   # the study
     own['prompts'] = [n for k in ('sets', 'written', 'captions') for n in study.raw.get('prompts', {}).get(k) or {}]
     own['pools'] = list(study.raw.get('clip', {}).get('pools') or {})
     prune_costs(study.path('runs', 'costs'), own | dict(data=list(study.data.sets), generate=_sources(study),
-                                                        quality=scored, classify=list(trained)))
+                                                        quality=scored, classify=list(trained), clip=list(trained)))
 
     def join(stage, names, file):
         return pd.concat([_read(study, stage, n, file) for n in names], ignore_index=True)
@@ -330,6 +336,8 @@ def collect(study: Study   # the study
     scores = join('quality', scored, 'quality.csv') if scored else none
     write_csv(out/'quality.csv', scores)
     join('classify', curves, 'per_class.parquet').to_parquet(out/'per_class.parquet', index=False)
+    pairs = [n for n, c in curves_of(study).items() if c.captions]
+    write_csv(out/'pairs.csv', join('classify', pairs, 'pairs.csv') if pairs else pd.DataFrame(columns=PAIRS))
     made = point_records(study, curves)
     write_csv(out/'environments.csv', environments(df, made))
     image_values(df, made).to_parquet(out/'images.parquet', index=False)

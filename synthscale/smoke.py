@@ -11,7 +11,8 @@ import pandas as pd
 from .study import Study, read_yaml, repo_root
 
 # %% auto #0
-__all__ = ['font_table', 'make_inputs', 'smoke_inputs', 'smoke_params', 'smoke_text_models', 'run_smoke', 'smoke_study']
+__all__ = ['font_table', 'make_inputs', 'smoke_inputs', 'smoke_params', 'smoke_text_models', 'with_pairs', 'run_smoke',
+           'smoke_study', 'smoke_pairs_study']
 
 # %% ../nbs/00b_smoke.ipynb #30c92360
 _FONTS = {'DejaVuSans': 'sans', 'DejaVuSansMono': 'monospaced', 'DejaVuSerif': 'serif', 'STIXGeneral': 'times'}
@@ -145,6 +146,7 @@ def smoke_params() -> dict:
         model_selection=dict(prompts=dict(among=['names_g2', 'styles_g1'], n_images=80, selected='names_g2')))
     p['report'] = dict(scaling=['digits', 'names_g2', 'rendered'], mixing=['grid'], grids=['grid'],
                        samples=['digits', 'rendered', 'names_g2'], factors_n_images=80)
+    p.pop('clip', None)          # `with_pairs` adds one
     return p
 
 # %% ../nbs/00b_smoke.ipynb #5327aa3b
@@ -156,6 +158,36 @@ def smoke_text_models() -> dict:
     written = dict(sentences=dict(model='mini_lm', per_class=4, ask='{name}: '))
     captions = dict(captioned=dict(model='mini_captioner', set='digits', per_class=3))
     return dict(models=models, written=written, captions=captions)
+
+# %% ../nbs/00b_smoke.ipynb #f0c84547
+def with_pairs(p: dict    # as smoke_params gives it; changed in place
+              ) -> dict:
+    "The smoke study with CLIP models on pairs, and without classifiers."
+    tower = p['recipes']['convnext_digits']['arch']
+    text = dict(context_length=24, vocab_size=49408, width=16, heads=1, layers=1)
+    recipe = dict(reference='ours, for the smoke study', samples_seen_at_100=320, samples_seen_power=.33, batch_size=16,
+                  model=dict(config=dict(embed_dim=16, text_cfg=text), tower=tower, mean=[.5], std=[.5]),
+                  optimizer=dict(name='adamw', lr=.003, weight_decay=.1))
+    arms = dict(captions='words', n_pairs=[40, 80])
+    p['clip'] = dict(
+        recipe='small', recipes=dict(small=recipe), seeds=1, zero_shot=dict(templates=['the digit {}', '{}']),
+        pools=dict(words=dict(set='rendered', n=80)), retrieval=['held_out'],
+        attributes=dict(weight=dict(split='held_out', values=dict(regular=['regular'], bold=['bold']),
+                                    templates=['{} {name}', 'the digit {name}, {}'])),
+        curves=dict(pairs_real=dict(set='rendered', **arms), pairs_drawn=dict(set='words_g1', **arms)),
+        mixtures=dict(pairs_both=dict(real='rendered', synthetic='words_g1', **arms)))
+    p['generate']['sources'] = dict(words_g1=dict(model='mini_sd', prompts='words', guidance_scale=1.0, n_images=80,
+                                                  steps=3, curve=dict(n_images=[20, 40, 80])))
+    p['models'] = dict(mini_sd=p['models']['mini_sd'])
+    p['classify']['eval'] |= dict(in_domain_set='rendered', in_domain_splits=['held_out'])
+    p['classify'] |= dict(curves=dict(digits=dict(set='digits', n_images=[20, 40, 80])), mixtures={})
+    for key in ('filters', 'merged'):
+        p[key] = {}
+    p['laws'] = dict(compare=[['pairs_real', 'pairs_drawn']], x=dict(pairs_both='n_real'),
+                     fit_range=dict(pairs_both=[40, 80]))
+    p['report'] = dict(scaling=['pairs_real', 'pairs_drawn', 'words_g1'], samples=['rendered', 'words_g1'],
+                       factors_n_images=80)
+    return p
 
 # %% ../nbs/00b_smoke.ipynb #cb24fedd
 def _models_used(study) -> list:
@@ -174,28 +206,34 @@ def _scored(study) -> list:
     return list(pkgutil.resolve_name('synthscale.curves:scored_sets')(study))
 
 def _curves(study) -> list:
-    "The names of the curves."
-    return list(pkgutil.resolve_name('synthscale.curves:curves_of')(study))
+    "The names of the curves of classifiers."
+    return [n for n, c in pkgutil.resolve_name('synthscale.curves:curves_of')(study).items() if not c.captions]
+
+def _pair_curves(study) -> list:
+    "The names of the curves of pairs."
+    return [n for n, c in pkgutil.resolve_name('synthscale.curves:curves_of')(study).items() if c.captions]
 
 # stage -> the function that does it, the names that it is called with (None: it does everything at once), options
 _STAGES = {
     'data': ('synthscale.data:build_set', attrgetter('data.sets'), {}),
     'models': ('synthscale.models:build_model', _models_used, {}),
     'prompts': ('synthscale.prompts:write_prompt_set', _prompt_sets_made, {}),
+    'pools': ('synthscale.pools:write_pool', attrgetter('clip.pools'), {}),
     'generate': ('synthscale.workers:generate_source', attrgetter('generate.sources'), dict(workers=1)),
     'evaluators': ('synthscale.evaluators:build_evaluator', attrgetter('evaluators'), {}),
     'filters': ('synthscale.filters:filter_set', attrgetter('filters'), {}),
     'merged': ('synthscale.merged:merge_sets', attrgetter('merged'), {}),
     'quality': ('synthscale.quality:score_set', _scored, {}),
     'classify': ('synthscale.classify:run_curve', _curves, dict(workers=1)),
+    'clip': ('synthscale.clip:run_pairs', _pair_curves, dict(workers=1)),
     'results': ('synthscale.results:collect', None, {}),
     'laws': ('synthscale.laws:fit_study', None, {})}
 
 def run_smoke(study: Study,  # the study
-              stages         # names of stages, in order; 'all' means the first seven
+              stages         # names of stages, in order; 'all' means the first eight
              ):
     "Run stages of a small study one after the other, in this process."
-    for stage in [s for x in stages for s in (list(_STAGES)[:7] if x == 'all' else [x])]:
+    for stage in [s for x in stages for s in (list(_STAGES)[:8] if x == 'all' else [x])]:
         if stage not in _STAGES: raise ValueError(f'no smoke stage {stage!r}')
         function, names, options = _STAGES[stage]
         run = pkgutil.resolve_name(function)     # imported only now: the stages' own notebooks import this module
@@ -204,14 +242,24 @@ def run_smoke(study: Study,  # the study
 
 # %% ../nbs/00b_smoke.ipynb #5fefc57f
 @functools.cache
-def smoke_study(*stages    # of data, models, prompts, generate, evaluators, filters, merged, quality, classify, results
-                           # and laws: run them, in this order; 'all' means the first seven
+def smoke_study(*stages    # of data, models, prompts, pools, generate, evaluators, filters, merged, quality, classify, clip,
+                           # results and laws: run them, in this order; 'all' means the first eight
                ) -> str:   # the study's folder
     "Make the smoke study in a temporary folder and run the given stages in this process; once per process."
+    return _small_study(smoke_params(), stages)
+
+def _small_study(params, stages):
+    "A study in a temporary folder, with some of its stages run."
     from ruamel.yaml import YAML
     folder = Path(tempfile.mkdtemp(prefix='synthscale-smoke-'))
     with open(folder/'params.yaml', 'w') as f:
-        YAML().dump(smoke_params(), f)
+        YAML().dump(params, f)
     (folder/'data').symlink_to(smoke_inputs())
     run_smoke(Study(folder), stages)
     return str(folder)
+
+@functools.cache
+def smoke_pairs_study(*stages    # after data, models, pools and generate
+                     ) -> str:   # the study's folder
+    "The smoke study with image-caption pairs in a temporary folder, once per process."
+    return _small_study(with_pairs(smoke_params()), ('data', 'models', 'pools', 'generate', *stages))
