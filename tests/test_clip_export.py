@@ -1,9 +1,13 @@
 "What open_clip_train shows of an exported pool, counted in whole runs of it."
-import re
+import importlib, re
 from collections import Counter
-import open_clip, pytest, torch
+import numpy as np, open_clip, pytest, torch
 from clip_parity import WHOLE, pair_numbers, run_open_clip, small_csv, small_pairs, tiny_model
+from conftest import dump
 from synthscale.clip_export import export_pairs, line_args, torchrun_line, write_pairs
+from synthscale.run import main
+from synthscale.shards import tar_samples, write_set
+from synthscale.study import SECTIONS, Study
 
 FAST = ['--lr', '1e-2']
 
@@ -84,3 +88,42 @@ def test_the_line_is_one_that_a_shell_does_not_change(tmp_path):
     line = torchrun_line(tmp_path/'a pool', 3)
     assert re.search(r"--train-data '[^']*/a pool/pairs-\{000000\.\.000007\}\.tar'", line)
     assert '--warmup 1 ' in line and '--train-num-samples 16 ' in line
+
+@pytest.fixture
+def study(tmp_path):
+    "A study with a set of captioned images, two lines each, and a pool of them."
+    pytest.importorskip('synthscale.pools', reason='the caption pools are not here')
+    if 'clip' not in SECTIONS:
+        pytest.skip('params.yaml has no section `clip` yet')
+    rng = np.random.default_rng(0)
+    samples = [dict(split='train' if i < 24 else 'test', label=i % 2, image=a, caption=f'digit {i}\nthe digit {i}')
+               for i, a in enumerate(rng.integers(0, 255, (30, 16, 16, 3), np.uint8))]
+    write_set(tmp_path/'sets'/'digits', samples, ['even', 'odd'], shard_size=7)
+    p = dict(study=dict(name='small', classes=['even', 'odd']), clip=dict(pools=dict(words=dict(set='digits'))),
+             data=dict(sets=dict(digits=dict(type='tiles', input='none'))))
+    dump(p, tmp_path/'params.yaml')
+    s = Study(tmp_path)
+    importlib.import_module('synthscale.pools').write_pool(s, 'words')
+    return s
+
+def test_pools_are_exported(study, capsys):
+    "From the command line: the line and the counts are printed, and n of any seed is nested."
+    out, shown = study.path('out'), []
+    for n in (8, 16):
+        given = ['clip-export', 'words', 'digits', str(out), '--n', str(n), '--batch-size', '8', '--workers', '2',
+                 '--seed', '1', '--study', str(study.dir)]
+        assert main(given) == 0
+        said = capsys.readouterr().out
+        assert f'{n} pairs, {n//8} steps' in said and 'torchrun --nproc_per_node 1 -m open_clip_train.main' in said
+        shown.append({key for p in sorted(out.glob('*.tar')) for key, _ in tar_samples(p)})
+    assert len(shown[0]) == 8 and shown[0] < shown[1]
+    assert main([*given, '--captions', 'each']) == 0
+    assert '32 pairs, 4 steps' in capsys.readouterr().out
+
+def test_what_a_pool_cannot_give_is_refused(study, capsys):
+    given = ['clip-export', 'words', 'digits', str(study.path('out')), '--study', str(study.dir)]
+    for more, message in ((['--n', '25'], 'n is 25: expected 1 to 24'), ([], 'batch_size is 256: expected at most 24'),
+                          (['--n', '23', '--batch-size', '8'], 'nearest: 16 or 24')):
+        assert main([*given, *more]) == 1
+        assert message in capsys.readouterr().err
+    assert not study.path('out').exists()
