@@ -20,7 +20,8 @@ import nbformat
 __all__ = ['TOOLS', 'prepare', 'read_prepared', 'check_code', 'check_prepared', 'declared_parameters', 'typed_value',
            'check_parameters', 'one_writer', 'executed_path', 'execute', 'stage_key', 'cost', 'run_stage',
            'package_root', 'run_alone', 'readme_text', 'refresh', 'readme', 'check_new', 'new_study', 'plan',
-           'generate_shards', 'verify', 'train', 'write_class_table', 'look', 'check', 'explain', 'agree', 'main']
+           'generate_shards', 'verify', 'train', 'write_class_table', 'look', 'check', 'explain', 'clip_export',
+           'agree', 'main']
 
 # %% ../nbs/00a_run.ipynb #939b9f30
 _PROMPTS = ('Class tables and files of prompts that params.yaml names (`prompts.classes`, `prompts.sets.NAME.file`). '
@@ -214,7 +215,7 @@ def cost(before,        # resource usage of children before the run
 
 # Words of the command line that are no stages; see below.
 TOOLS = ('prepare', 'repro', 'doctor', 'check', 'why', 'plan', 'generate-shards', 'verify', 'train', 'class-table',
-         'compare', 'readme', 'refresh', 'new-study')
+         'compare', 'clip-export', 'readme', 'refresh', 'new-study')
 
 def _run_prepared(study, stage, nb, values, out):
     "Execute a prepared notebook; write it and what it cost."
@@ -461,6 +462,53 @@ def explain(study: Study,     # the study
     print(found.to_string(index=False) if len(found) else f"{stage}: nothing has changed")
     return 0
 
+# %% ../nbs/00a_run.ipynb #3267ba28
+def clip_export(study: Study,                  # the study
+                pool: str,                     # under clip.pools
+                name: str,                     # an image set: the pool's own, or a source generated from it
+                folder: str,                   # written
+                counted: bool = True,          # read everything as open_clip_train does, and print the counts
+                epochs: int = 32,              # as for `torchrun_line`
+                model: str = 'ViT-B-16',       # as for `torchrun_line`
+                precision: str = 'amp_bf16',   # as for `torchrun_line`
+                **how                          # as for `export_pool`
+               ) -> int:                       # exit code: 1 where the counts are not what they should be
+    "Write pairs for open_clip_train, and print the command line for which it shows each one once an epoch."
+    from synthscale.clip_export import count_shown, export_pool, line_args, torchrun_line
+    print(export_pool(study, pool, name, folder, **how))
+    line = torchrun_line(folder, epochs, model, precision=precision)
+    print(line)
+    if not counted: return 0
+    world, args = line_args(line)
+    c = count_shown(args, world)
+    print(c.to_string(index=False))
+    if (c.most == 1).all() and not c.left_out.any(): return 0
+    print('this version of open_clip_train does not show each pair once an epoch')
+    return 1
+
+def _clip_export_tool(tool):
+    "The options of `synthscale clip-export`; `tool` adds a subcommand."
+    def run(a):
+        how = {k: v for k, v in vars(a).items() if k not in ('command', 'run', 'study', 'gpus')}
+        return clip_export(Study(a.study), world_size=a.gpus, **how)
+    one = tool('clip-export', 'write image-caption pairs for open_clip_train, and print its command line', run)
+    one.add_argument('pool', help='under clip.pools')
+    one.add_argument('name', metavar='set', help="an image set: the pool's own, or a source generated from the pool")
+    one.add_argument('folder', help='where the files go')
+    for flag, default, about in (('n', None, 'images, the first ones of an order (default: all)'),
+                                 ('seed', 0, 'number of the run, which decides the order'),
+                                 ('gpus', 1, 'processes'), ('epochs', 32, 'times that each pair is shown'),
+                                 ('batch-size', 256, 'the largest one, pairs a GPU'),
+                                 ('workers', 4, 'the largest number, of the loader of a GPU'),
+                                 ('accum-freq', 1, 'batches a step')):
+        said = '' if default is None else f' (default: {default})'
+        one.add_argument(f'--{flag}', type=int, default=default, help=about+said)
+    one.add_argument('--captions', default='first', choices=['first', 'each'], help='which lines of a caption count')
+    one.add_argument('--dataset-type', default='webdataset', choices=['webdataset', 'csv'], help='shards or files')
+    one.add_argument('--model', default='ViT-B-16', help="open_clip's name, or local-dir:FOLDER")
+    one.add_argument('--precision', default='amp_bf16', help='as open_clip_train names it')
+    one.add_argument('--no-count', dest='counted', action='store_false', help='do not count what is shown')
+
 # %% ../nbs/00a_run.ipynb #2225ac17
 def agree(a: str,            # results/, the folder of a study, or a commit
           b: str,            # another one
@@ -474,7 +522,7 @@ def agree(a: str,            # results/, the folder of a study, or a commit
     print(f"{len(t)} tables, {int(bad.sum())} of them differ" if bad.any() else f"{len(t)} tables, all agree")
     return int(bad.any())
 
-# %% ../nbs/00a_run.ipynb #c0000010
+# %% ../nbs/00a_run.ipynb #516313f1
 def _prepare(study):
     "The stage `prepare`, one at a time."
     keep_good(study)
@@ -487,6 +535,7 @@ def _options(*flags, parent=None, **how):
     p.add_argument(*flags, **how)
     return p
 
+# %% ../nbs/00a_run.ipynb #c0000010
 def _tools():
     "The parser of the tools, one subcommand each."
     p = argparse.ArgumentParser('synthscale', description='Tools around a study. Any other first word is a stage: '
@@ -532,6 +581,7 @@ def _tools():
     one = tool('compare', 'whether two results agree', lambda a: agree(a.a, a.b, a.study))
     for name in 'ab':
         one.add_argument(name, help='results/, the folder of a study, or a commit')
+    _clip_export_tool(tool)
     tool('readme', 'README.md from nbs/index.ipynb', lambda a: readme(a.study))
     tool('refresh', 'execute a notebook and keep its outputs', lambda a: refresh(a.notebook)).add_argument('notebook')
     tool('new-study', 'lay out a study folder', lambda a: new_study(a.folder)).add_argument('folder')
