@@ -136,6 +136,7 @@ def _following(bar, src, shards):
         watcher.join()
     refresh()
 
+# %% ../nbs/04b_workers.ipynb #4aaf3c52
 @functools.cache
 def _private():
     "What Ray reads from the environment so that a Ray of our own is nobody else's: the loopback, and a token."
@@ -144,9 +145,10 @@ def _private():
 
 @contextmanager
 def _environment(values):
-    "Environment variables for the time of a block."
+    "Environment variables for the time of a block, seen by a Ray that is imported already, too."
     before = {k: os.environ.get(k) for k in values}
     os.environ.update(values)
+    _read_again()
     try:
         yield
     finally:
@@ -155,6 +157,20 @@ def _environment(values):
                 os.environ.pop(k, None)
             else:
                 os.environ[k] = v
+        _read_again()
+
+def _read_again():
+    "Let a Ray that is imported read again what it reads once: whether it asks for a token, and which; the loopback."
+    ray = sys.modules.get('ray')
+    if ray is None or ray.is_initialized(): return       # one that runs, of the caller's own, keeps what it has
+    try:
+        from ray._private import ray_constants as c
+        from ray._raylet import AuthenticationTokenLoader, Config
+        c.ENABLE_RAY_CLUSTER = c.env_bool('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER', not c.IS_WINDOWS_OR_OSX)
+        Config.initialize('')       # before the token is forgotten: a thread of Ray's may still look for it
+        AuthenticationTokenLoader.instance().reset_cache()
+    except (ImportError, AttributeError):                # a Ray without tokens, or with other names for them
+        pass
 
 def open_ports() -> list:    # of 'ADDRESS:PORT'
     "Where this process and all that it started listen, other than on the loopback."
@@ -172,6 +188,36 @@ def _v4(ip):
     "An address without the prefix by which IPv6 has those of IPv4, and without its interface."
     return ip.removeprefix('::ffff:').partition('%')[0]
 
+# %% ../nbs/04b_workers.ipynb #b859c587
+def _children():
+    "The processes that this one has started, and those that they have."
+    import psutil
+    return set(psutil.Process().children(recursive=True))
+
+def _end_parts(ray, started):
+    "End those of some processes that are programs of Ray's: one that did not start leaves its control server running."
+    import psutil
+    folder = os.path.dirname(ray.__file__)
+    for p in started:
+        try:
+            if any(folder in word for word in p.cmdline()):
+                p.kill()
+                p.wait(10)
+        except psutil.Error:                       # it has ended
+            continue
+
+def _init_alone(ray, how, tries=3):
+    "Start Ray on this machine, again if it did not start; the last error is raised."
+    for left in reversed(range(tries)):
+        running = _children()
+        try:
+            ray.init(address='local', **how)
+            return
+        except Exception:
+            if ray.is_initialized(): raise               # one of the caller's own, which is left as it is
+            _end_parts(ray, _children()-running)
+            if not left: raise
+
 # %% ../nbs/04b_workers.ipynb #138aecaa
 def _start_ray(workers, address):
     "Connect to the Ray cluster at an address, or start Ray on this machine; returns the module."
@@ -185,7 +231,10 @@ def _start_ray(workers, address):
                  object_store_memory=80*2**20)
     before = set(open_ports())
     try:
-        ray.init(address=address or 'local', **({} if address else alone))
+        if address:
+            ray.init(address=address)
+        else:
+            _init_alone(ray, alone)
     except Exception as e:
         where = f'at {address!r}' if address else 'on this machine'
         raise StudyError(f"Ray {where} does not start: {first_line(e)}") from None

@@ -75,6 +75,14 @@ def finished(tmp_path_factory, worker_id):
             make_finished(d)
     return d
 
+@pytest.fixture
+def ray_turn(tmp_path_factory, worker_id):
+    """One Ray at a time on the two cores that tests share: a part of it that waits for another gives up after 15
+    seconds."""
+    base = tmp_path_factory.getbasetemp()
+    with FileLock((base if worker_id == 'master' else base.parent)/'ray.lock'):
+        yield
+
 def finished_params():
     "The smoke study with one source and three curves: what loads torch takes seconds, however little it does."
     from synthscale.smoke import smoke_params

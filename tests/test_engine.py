@@ -133,7 +133,7 @@ def test_twenty_kills_at_random_moments_change_no_byte(study):
     assert files(study) == study.whole
 
 @pytest.mark.slow
-def test_one_two_and_four_workers_generate_the_same_bytes_and_a_killed_worker_is_replaced(study):
+def test_one_two_and_four_workers_generate_the_same_bytes_and_a_killed_worker_is_replaced(study, ray_turn):
     "Four Ray workers; then two, one of which is killed in the middle of a shard."
     generate_source(study, NAME, workers=4)
     assert files(study) == study.whole
@@ -450,7 +450,7 @@ print(len(generate_source(Study('.'), 'names_g2', workers=int(sys.argv[1]))))
 
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [(1, 1), (2, 1)])
-def test_two_whole_runs_on_the_same_source_share_the_work(study, workers):
+def test_two_whole_runs_on_the_same_source_share_the_work(study, workers, ray_turn):
     "Started at once, without Ray or one of them with it: both end well, and there is one whole set."
     study = change(study, steps=30)
     whole = generate_source(study, NAME, workers=1).sha256.tolist()

@@ -143,7 +143,7 @@ def test_training_killed_again_and_again_ends_with_the_same_model(repo):
     assert not list((repo/'build'/'models').glob('*/*.safetensors'))
 
 @pytest.mark.slow
-def test_a_killed_stage_leaves_no_worker_and_goes_on_where_it_was(repo):
+def test_a_killed_stage_leaves_no_worker_and_goes_on_where_it_was(repo, ray_turn):
     """The stage as DVC runs it, on two Ray workers, killed in the middle: whoever generates or hands out work ends, and
     what was generated is kept."""
     import psutil

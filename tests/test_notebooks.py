@@ -5,6 +5,8 @@ from conftest import ROOT, sh
 pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize('name', sorted(p.name for p in (ROOT/'nbs').glob('*.ipynb')))
-def test_notebook(name):
+def test_notebook(name, request):
+    if name == '04b_workers.ipynb':
+        request.getfixturevalue('ray_turn')
     out = sh(['nbdev-test', f'nbs/{name}', '--n-workers', '0'], ROOT)
     assert 'Success' in out
