@@ -17,7 +17,7 @@ from .study import StudyError, derive_seed
 from .train import Mix, StreamDataset, accelerator, augment, create_optimizer, iter_batches, lr_factor
 
 # %% auto #0
-__all__ = ['pair_stream', 'loss_of', 'clip_backward', 'Captions', 'decay_groups', 'train_clip']
+__all__ = ['pair_stream', 'loss_of', 'clip_backward', 'Captions', 'decay_groups', 'train_steps', 'train_clip']
 
 # %% ../nbs/06c_clip_train.ipynb #3c7f19a3
 class _Kind:
@@ -171,7 +171,7 @@ class Captions:
         line = (torch.rand(len(pairs), generator=generator)*n).long().clamp(max=n-1)
         return self.tokens[self.start[pairs]+line]
 
-# %% ../nbs/06c_clip_train.ipynb #f6a62103
+# %% ../nbs/06c_clip_train.ipynb #293069ad
 def decay_groups(net,                 # open_clip's model
                  weight_decay: float  # of matrices and kernels
                 ) -> list:
@@ -204,6 +204,50 @@ def _transformed(images, stream, m, seed, start, device, workers=2):
     for x in loader:
         yield x[:, :m.channels].to(device, non_blocking=True)
 
+def train_steps(m: ClipModel,        # trained in place
+                recipe: ClipRecipe,  # how to train
+                steps: int,          # of the whole run
+                seed: int,           # of all that is random
+                batches,             # first step -> function of a step and its generator: images, tokens of this process
+                state=None,          # file for the state of a run that may be killed
+                every: float = 60.,  # seconds between two states
+                acc=None,            # accelerator; None: made here
+                label: str = None    # of a progress bar; None: there is none
+               ):
+    "The loop: batches that somebody else chose, already as the network takes them."
+    acc = acc or accelerator(recipe)
+    m.net.to(acc.device)
+    model, opt = acc.prepare(m.net, create_optimizer(decay_groups(m.net, recipe.optimizer.weight_decay),
+                                                     recipe.optimizer))
+    def lr_at(step):
+        return recipe.optimizer.lr*lr_factor(step, steps, recipe.schedule)
+    loop = Loop(m.net, opt, steps, lr_at, seed, recipe.optimizer.clip, None, state, every, acc=acc)
+    batch, loss = batches(loop.start), loss_of(recipe, acc)
+    def step_fn(step, generator):
+        _clamp(m.net)
+        return clip_backward(acc, model, loss, *batch(step, generator), recipe.micro_batch)
+    loop.run(step_fn, label=label)
+    _clamp(m.net)
+    acc.unwrap_model(model, keep_fp32_wrapper=False)
+
+def _batches(m, images, texts, stream, recipe, seed, acc):
+    "What `train_steps` asks for: this process's part of each batch of a stream."
+    rank, b = acc.process_index, recipe.batch_size
+    share = b//acc.num_processes
+    part, device = slice(rank*share, (rank+1)*share), acc.device
+    own, of_rank = stream[:, part], derive_seed(seed, 'rank', rank)
+    def begin(start):
+        if recipe.open_clip_transform:
+            shown = _transformed(images, own, m, of_rank, start, device)
+        else:
+            shown = iter_batches(images, own, recipe, of_rank, start, device)
+        def batch(step, generator):
+            x, t = next(shown), texts.of(stream[step], generator)[part].to(device)
+            if recipe.open_clip_transform: return x, t
+            return m.normal(_unit(augment(x, recipe.augment, generator, part, b))), t
+        return batch
+    return begin
+
 def train_clip(m: ClipModel,         # trained in place
                images,               # uint8, n x h x w x c, or anything with images[i]; one kind after the other
                captions: list,       # of each image
@@ -217,37 +261,16 @@ def train_clip(m: ClipModel,         # trained in place
                label: str = None     # of a progress bar; None: there is none
               ) -> dict:             # shown, repeats (a caption that the batch has already), captions, cut
     "Train a CLIP model; equal arguments give equal weights on one machine and thread count, killed or not."
-    acc, b = acc or accelerator(recipe), recipe.batch_size
-    steps, rank, share = samples_seen//b, acc.process_index, b//acc.num_processes
+    acc, steps = acc or accelerator(recipe), samples_seen//recipe.batch_size
     if len(images) != len(captions):
         raise StudyError(f"{len(images)} images and {len(captions)} captions: expected as many of both")
-    texts, part = Captions(m, captions, recipe.max_cut), slice(rank*share, (rank+1)*share)
-    stream, repeats = pair_stream(texts.ids, steps, b, torch.Generator().manual_seed(seed), mix,
+    texts = Captions(m, captions, recipe.max_cut)
+    stream, repeats = pair_stream(texts.ids, steps, recipe.batch_size, torch.Generator().manual_seed(seed), mix,
                                   recipe.repeats == 'avoid')
-    m.net.to(acc.device)
-    model, opt = acc.prepare(m.net, create_optimizer(decay_groups(m.net, recipe.optimizer.weight_decay),
-                                                     recipe.optimizer))
-    def lr_at(step):
-        return recipe.optimizer.lr*lr_factor(step, steps, recipe.schedule)
-    loop, loss = Loop(m.net, opt, steps, lr_at, seed, recipe.optimizer.clip, None, state, every, acc=acc), None
-    loss, of_rank = loss_of(recipe, acc), derive_seed(seed, 'rank', rank)
-    if recipe.open_clip_transform:
-        batches = _transformed(images, stream[:, part], m, of_rank, loop.start, acc.device)
-    else:
-        batches = iter_batches(images, stream[:, part], recipe, of_rank, loop.start, acc.device)
-    def step_fn(step, generator):
-        _clamp(m.net)
-        x, t = next(batches), texts.of(stream[step], generator)[part].to(acc.device)
-        if not recipe.open_clip_transform:
-            x = m.normal(_unit(augment(x, recipe.augment, generator, part, b)))
-        return clip_backward(acc, model, loss, x, t, recipe.micro_batch)
     try:
-        loop.run(step_fn, label=label)
+        train_steps(m, recipe, steps, seed, _batches(m, images, texts, stream, recipe, seed, acc), state, every, acc,
+                    label)
     except NotFinite as e:
         e.positions = stream[e.step].tolist() if e.step < steps else []
         raise
-    finally:
-        batches.close()
-    _clamp(m.net)
-    acc.unwrap_model(model, keep_fp32_wrapper=False)
-    return dict(shown=steps*b, repeats=repeats, captions=texts.lines, cut=texts.cut)
+    return dict(shown=steps*recipe.batch_size, repeats=repeats, captions=texts.lines, cut=texts.cut)
