@@ -1,6 +1,7 @@
 """Evaluation of CLIP models: what open_clip, its trainer and CLIP_benchmark give for the same images, laws that hold
 for all features, and class names, captions and features that nobody should have."""
-import itertools
+import io, itertools, json, sys, tarfile
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import open_clip
@@ -9,36 +10,50 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from open_clip_train.train import get_clip_metrics
+from PIL import Image
+from safetensors.torch import save_file
 from synthscale.recipes import unpack_values
-from synthscale.study import StudyError
+from synthscale.shards import encode_png, load_set
+from synthscale.smoke import smoke_study
+from synthscale.study import Study, StudyError
 from synthscale.train import measure, to_float
-from synthscale.zero_shot import (class_weights, clip_score, image_features, image_text_retrieval, learned_scale,
-                                  linear_probe, recall_by_chance, retrieval, text_features, zero_shot, zero_shot_logits)
+from synthscale.zero_shot import (class_names, class_weights, clip_score, downstream, downstream_set, evaluate_wds,
+                                  image_features, image_text_retrieval, learned_scale, linear_probe, load_open_clip,
+                                  read_wds, recall_by_chance, retrieval, text_features, write_wds, zero_shot,
+                                  zero_shot_logits)
 
 some = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31)
 NAMES = ['zero', 'one', 'two', 'three', 'four', 'five', 'six']
 WAYS = 'image_to_text', 'text_to_image'
 
-def random_clip(seed=0, bias=None):
-    "A small open_clip model with random weights; its image tower is spread so that images are not all alike."
+VISION = dict(layers=2, width=32, head_width=16, patch_size=4, image_size=16)
+CONFIG = dict(embed_dim=24, vision_cfg=VISION, text_cfg=dict(context_length=16, width=32, heads=2, layers=2))
+
+def random_clip(seed=0, bias=None, images=None):
+    """A small open_clip model with random weights. Its image features are centred on some images: in a random network
+    nearly all of a feature is common to all images, and one class would be named for all of them."""
     torch.manual_seed(seed)
-    vision = open_clip.CLIPVisionCfg(layers=2, width=32, head_width=16, patch_size=4, image_size=16)
-    text = open_clip.CLIPTextCfg(context_length=16, width=32, heads=2, layers=2)
-    net = open_clip.CLIP(24, vision, text, init_logit_bias=bias).eval()
+    net = open_clip.CLIP(*CONFIG.values(), init_logit_bias=bias).eval()
+    x = torch.randn(64, 3, 16, 16) if images is None else to_float(images)
+    seen = []
+    hook = net.visual.ln_post.register_forward_hook(lambda module, given, out: seen.append(out.mean(0)))
     with torch.no_grad():
+        net.visual(x)
+        hook.remove()
+        net.visual.ln_post.bias -= seen[0][0] if seen[0].ndim == 2 else seen[0]
         net.logit_scale.fill_(2.)
     return SimpleNamespace(net=net, tokenizer=open_clip.SimpleTokenizer(context_length=16), pixels=to_float, size=16,
                            mean=(.5,)*3, std=(.5,)*3)
 
 @pytest.fixture(scope='module')
-def m():
-    return random_clip()
-
-@pytest.fixture(scope='module')
 def data():
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (90, 16, 16, 3), dtype=np.uint8), rng.integers(0, len(NAMES), 90)
+
+@pytest.fixture(scope='module')
+def m(data):
+    return random_clip(images=data[0])
 
 def unit(seed, n, d):
     x = np.random.default_rng(seed).normal(0, 1, (n, d)).astype(np.float32)
@@ -66,7 +81,7 @@ def test_accuracies_are_those_of_the_trainer(m, data, monkeypatch):
     top1, top5 = open_clip_train.zero_shot.run(m.net, w, loader, args)
     r = zero_shot(m, images, labels, NAMES, 'simple', batch=32)
     assert abs(r['top1']-top1) < 1e-6 and abs(r['top5']-top5) < 1e-6
-    assert 0 < top1 < top5 < 1
+    assert 0 < top1 < top5 < 1 and len(set(zero_shot_logits(m, images, w).argmax(1).tolist())) > 3
     out = zero_shot_logits(m, images, w)
     accuracy = open_clip_train.zero_shot.accuracy
     assert accuracy(out, torch.tensor(labels), (1, 5)) == [round(90*r['top1']), round(90*r['top5'])]
@@ -284,3 +299,178 @@ def test_zero_shot_refuses(m, data, change, message):
 def test_captions_that_are_refused(m, data, captions, message):
     with pytest.raises(StudyError, match=message):
         image_text_retrieval(m, data[0], captions)
+
+# ---- CLIP_benchmark's sets
+
+def saved_clip(folder, net):
+    "A model as a folder of open_clip."
+    folder.mkdir()
+    half = dict(mean=[.5]*3, std=[.5]*3)
+    (folder/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=CONFIG, preprocess_cfg=half)))
+    save_file(net.state_dict(), folder/'open_clip_model.safetensors')
+    return folder
+
+@pytest.fixture(scope='module')
+def sets(tmp_path_factory):
+    "A study's digits and captioned digits in CLIP_benchmark's layout, and a model that tells its images apart."
+    study, root = Study(smoke_study('data')), tmp_path_factory.mktemp('wds')
+    small = load_set(study.set_dir('digits'), 'test').images
+    net = random_clip(1, images=small.repeat(2, 1).repeat(2, 2).repeat(3, 3)).net
+    saved_clip(root/'model', net)
+    write_wds(study, 'digits', 'test', root/'digits', ['a photo of the number {}.', '{name}'], shard_size=130)
+    write_wds(study, 'rendered', 'held_out', root/'captions', kind='retrieval', shard_size=30)
+    return root
+
+def clip_benchmark(root, name, monkeypatch, *more):
+    "The numbers of CLIP_benchmark's own command, in this process."
+    cli = pytest.importorskip('clip_benchmark.cli', reason='clip_benchmark is not installed')
+    from clip_benchmark.metrics import zeroshot_classification
+    monkeypatch.setattr(zeroshot_classification, 'float', number, raising=False)
+    out = root/'out.json'
+    line = ['clip_benchmark', 'eval', '--dataset', f'wds/{name}', '--dataset_root', str(root/name), '--pretrained', '',
+            '--model', f"local-dir:{root/'model'}", '--output', str(out), '--no_amp', '--num_workers', '0', *more]
+    monkeypatch.setattr(sys, 'argv', line)
+    cli.main()
+    return json.loads(out.read_text())['metrics']
+
+def test_clip_benchmark_gives_our_numbers_of_our_classes(sets, monkeypatch):
+    theirs = clip_benchmark(sets, 'digits', monkeypatch)
+    r = evaluate_wds(load_open_clip(sets/'model'), read_wds(sets/'digits'), batch=64)
+    for k, v in dict(top1='acc1', top5='acc5', mean_per_class_recall='mean_per_class_recall').items():
+        assert abs(r[k]-theirs[v]) < 1e-6
+    assert sum(v > 0 for v in r['class_recall']) > 2
+
+def test_clip_benchmark_gives_our_numbers_of_our_captions(sets, monkeypatch):
+    "One caption an image, of which some are equal: a tie, which CLIP_benchmark breaks in one way and we on average."
+    more = '--task', 'zeroshot_retrieval', '--recall_k', '1', '5', '10'
+    theirs = clip_benchmark(sets, 'captions', monkeypatch, *more)
+    r = evaluate_wds(load_open_clip(sets/'model'), read_wds(sets/'captions'))
+    ties = r['n_shared_texts']/r['n_texts']
+    for k in (1, 5, 10):
+        assert abs(r[f'text_to_image_R@{k}']-theirs[f'image_retrieval_recall@{k}']) < 1e-6      # images are no ties
+        assert abs(r[f'image_to_text_R@{k}']-theirs[f'text_retrieval_recall@{k}']) < ties
+
+def test_clip_benchmark_gives_our_numbers_of_several_captions(sets, data, monkeypatch):
+    words = [' '.join(w) for w in itertools.product(NAMES, NAMES, NAMES)]
+    texts = ['\n'.join(words[3*i:3*i+1+i % 3]).encode() for i in range(90)]
+    samples = [('', dict(png=encode_png(a), txt=t)) for a, t in zip(data[0], texts)]
+    their_set(sets/'several', samples, dataset_type='retrieval')
+    theirs = clip_benchmark(sets, 'several', monkeypatch, '--task', 'zeroshot_retrieval', '--recall_k', '1', '5', '10')
+    r = evaluate_wds(load_open_clip(sets/'model'), read_wds(sets/'several'))
+    assert r['n_texts'] == 180 and r['n_shared_texts'] == 0
+    for k in (1, 5, 10):
+        assert abs(r[f'text_to_image_R@{k}']-theirs[f'image_retrieval_recall@{k}']) < 1e-6
+        assert abs(r[f'image_to_text_R@{k}']-theirs[f'text_retrieval_recall@{k}']) < 1e-6
+
+def test_the_set_is_what_the_study_has(sets):
+    study = Study(smoke_study('data'))
+    s = load_set(study.set_dir('digits'), 'test')
+    m, data = load_open_clip(sets/'model'), read_wds(sets/'digits')
+    r = evaluate_wds(m, data, batch=7)
+    ours = zero_shot(m, s.images, s.labels, class_names(study), ['a photo of the number {c}.', '{c}'])
+    assert len(data.shards) == -(-len(s)//130)
+    for k in ('loss', 'top1', 'top5', 'mean_per_class_recall', 'logit_scale'):
+        assert r[k] == pytest.approx(ours[k], abs=1e-6)
+    captions = load_set(study.set_dir('rendered'), 'held_out').manifest.caption.tolist()
+    assert [c for *_, [c] in read_wds(sets/'captions')] == [' '.join(c.split()) for c in captions]
+
+def their_set(folder, samples, names='cat\ndog\n', templates='a photo of a {c}.\n', shards=1, **files):
+    "A set as somebody else may have written it: samples are dicts of extension -> bytes."
+    (folder/'test').mkdir(parents=True)
+    for f, text in dict(classnames=names, zeroshot_classification_templates=templates, **files).items():
+        (folder/f'{f}.txt').write_text(text)
+    (folder/'test'/'nshards.txt').write_text(f'{shards}\n')
+    with tarfile.open(folder/'test'/'0.tar', 'w') as tar:
+        for i, (prefix, s) in enumerate(samples):
+            for ext, data in s.items():
+                info = tarfile.TarInfo(f'{prefix}s{i:07d}.{ext}')
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return folder
+
+def picture(size, format, mode='RGB'):
+    f = io.BytesIO()
+    Image.new(mode, size, 100).save(f, format)
+    return f.getvalue()
+
+def test_their_sets_are_read(tmp_path):
+    "Images of several sizes, formats and modes; names in the archive that leave its folder are no paths."
+    kinds = [((20, 30), 'WEBP', 'RGB', 'webp'), ((7, 5), 'PNG', 'L', 'png'), ((64, 16), 'JPEG', 'RGB', 'jpg'),
+             ((16, 16), 'PNG', 'RGBA', 'png')]
+    samples = [('../../', {ext: picture(size, f, mode), 'cls': b'1'}) for size, f, mode, ext in kinds]
+    before = {*tmp_path.parent.rglob('*')}
+    data = read_wds(their_set(tmp_path/'a', samples))
+    found = list(data)
+    assert [im.size for _, im, _ in found] == [k[0] for k in kinds] and {im.mode for _, im, _ in found} == {'RGB'}
+    assert evaluate_wds(random_clip(), data)['n_test'] == 4
+    assert all(p == tmp_path/'a' or tmp_path/'a' in p.parents for p in {*tmp_path.parent.rglob('*')}-before)
+    pairs = [('', dict(jpg=picture((9, 9), 'JPEG'), txt='a cat\na grey cat'.encode())),
+             ('', dict(jpg=picture((9, 12), 'JPEG'), txt='a dog\n'.encode()))]
+    r = evaluate_wds(random_clip(), read_wds(their_set(tmp_path/'b', pairs, dataset_type='retrieval')))
+    assert (r['n_images'], r['n_texts']) == (2, 3)
+
+PNG = picture((8, 8), 'PNG')
+
+@pytest.mark.parametrize('samples, more, message', [
+    ([dict(png=PNG, cls=b'2')], {}, 'label is 2: expected from 0 to 1'),
+    ([dict(png=PNG, cls=b'cat')], {}, "cls is b'cat': expected text in UTF-8, a label"),
+    ([dict(png=PNG)], {}, r"files is \['png'\]: expected an image .* and cls"),
+    ([dict(cls=b'1')], {}, r"files is \['cls'\]: expected an image"),
+    ([dict(png=PNG[:40], cls=b'1')], {}, 'not a readable image'),
+    ([dict(png=PNG, txt=b'\xff')], dict(dataset_type='retrieval'), 'expected text in UTF-8'),
+    ([dict(png=PNG, txt=b'')], dict(dataset_type='retrieval'), 'has no caption'),
+    ([dict(png=PNG, cls=b'1')], dict(dataset_type='multilabel'), 'several labels'),
+    ([dict(png=PNG, cls=b'1')], dict(names='cat\n\n'), 'class name 1'),
+    ([dict(png=PNG, cls=b'1')], dict(templates='a photo\n'), 'a place for the name'),
+    ([dict(png=PNG, cls=b'1')], dict(shards=2), '1.tar: no such shard'),
+    ([dict(png=PNG, cls=b'1')], dict(shards='x'), "nshards.txt is 'x'"), ([], {}, 'no image in its shards')])
+def test_their_sets_are_refused(tmp_path, samples, more, message):
+    with pytest.raises(StudyError, match=message):
+        evaluate_wds(random_clip(), read_wds(their_set(tmp_path/'a', [('', s) for s in samples], **more)))
+
+def test_links_and_damage_in_shards_are_refused(tmp_path):
+    folder = their_set(tmp_path/'a', [('', dict(png=PNG, cls=b'1'))])
+    path = folder/'test'/'0.tar'
+    whole = path.read_bytes()
+    path.write_bytes(whole[:700])
+    with pytest.raises(StudyError, match='0.tar: the shard is damaged'):
+        list(read_wds(folder))
+    with tarfile.open(path, 'w') as tar:
+        link = tarfile.TarInfo('s0.png')
+        link.type, link.linkname = tarfile.SYMTYPE, '/etc/hostname'
+        tar.addfile(link)
+    with pytest.raises(StudyError, match='is a link or a device'):
+        list(read_wds(folder))
+
+def test_downstream_sets_are_those_of_clip_benchmark():
+    df = downstream()
+    assert len(df) == 39 and not df.run_here.any() and df.name.is_unique
+    datasets = pytest.importorskip('clip_benchmark.datasets.builder', reason='clip_benchmark is not installed')
+    folder = Path(datasets.__file__).parent
+    names, templates = (json.loads((folder/f'en_{k}.json').read_text())
+                        for k in ('classnames', 'zeroshot_classification_templates'))
+    known = {*datasets.dataset_collection['vtab+'], *datasets.dataset_collection['retrieval'], 'imagenet-o'}
+    for r in df.itertuples():
+        name = r.wds.removeprefix('wds/')
+        assert name in known
+        name = name.removeprefix('vtab/')
+        assert len(names.get(name, range(r.n_classes))) == r.n_classes, name
+        count = 80 if 'openai' in r.templates else len(templates.get(name, ()))
+        assert not r.templates or r.templates.endswith(f', {count}'), name
+
+@pytest.mark.parametrize('name, names, message', [
+    ('ImageNet-R', open_clip.IMAGENET_CLASSNAMES, 'number of class names is 1000: expected 200'),
+    ('imagenet', None, 'no downstream set'), ('wds/flickr8k', NAMES, 'has captions and no classes')])
+def test_class_names_that_do_not_fit_a_downstream_set(name, names, message):
+    with pytest.raises(StudyError, match=message):
+        downstream_set(name, names)
+
+def test_pickled_weights_and_other_models_are_refused(tmp_path):
+    folder = saved_clip(tmp_path/'m', random_clip().net)
+    (folder/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=CONFIG | dict(embed_dim=8),
+                                                                preprocess_cfg={})))
+    with pytest.raises(StudyError, match='not a model that open_clip can read here'):
+        load_open_clip(folder)
+    (folder/'open_clip_model.safetensors').rename(folder/'open_clip_pytorch_model.bin')
+    with pytest.raises(StudyError, match='weights as safetensors'):
+        load_open_clip(folder)
