@@ -1,13 +1,14 @@
 "What open_clip_train shows of an exported pool, counted in whole runs of it."
-import importlib, re
+import importlib, itertools, re
 from collections import Counter
 import numpy as np, open_clip, pytest, torch
 from clip_parity import WHOLE, pair_numbers, run_open_clip, small_csv, small_pairs, tiny_model
 from conftest import dump
-from synthscale.clip_export import export_pairs, line_args, torchrun_line, write_pairs
+from synthscale.clip_export import (export_pairs, export_pool, line_args, plan_showing, torchrun_line,
+                                    write_pairs)
 from synthscale.run import main
 from synthscale.shards import tar_samples, write_set
-from synthscale.study import SECTIONS, Study
+from synthscale.study import SECTIONS, Study, StudyError
 
 FAST = ['--lr', '1e-2']
 
@@ -127,3 +128,42 @@ def test_what_a_pool_cannot_give_is_refused(study, capsys):
         assert main([*given, *more]) == 1
         assert message in capsys.readouterr().err
     assert not study.path('out').exists()
+
+def test_the_arms_of_a_pool_hold_the_same_captions(study):
+    "The set of the pool and a source generated from it, n pairs of the same run."
+    from synthscale.pools import read_pool
+    table, rng = read_pool(study, 'words'), np.random.default_rng(1)
+    drawn = [dict(split='train', label=r.label, image=rng.integers(0, 255, (16, 16, 3), np.uint8), caption=r.prompt,
+                  prompt=r.prompt, attempts=1) for turn in range(12) for c in range(2)
+             for r in [table[table.label == c].iloc[turn]]]
+    write_set(study.path('sets', 'made'), drawn, ['even', 'odd'], shard_size=5)
+    study.raw['generate'] = dict(sources=dict(made=dict(model='m', prompts='words', guidance_scale=1., n_images=24)))
+    study = Study(study.dir, study.raw)
+    said = []
+    for name in ('digits', 'made'):
+        export_pool(study, 'words', name, study.path('out'), 8, n=16, seed=2)
+        shards = sorted(study.path('out').glob('*.tar'))
+        said.append(sorted(files['txt'].decode() for p in shards for _, files in tar_samples(p)))
+    assert said[0] == said[1] and len(set(said[0])) == 16
+
+@pytest.mark.parametrize('world', [1, 2, 3])
+@pytest.mark.parametrize('kind', ['webdataset', 'csv'])
+def test_every_number_of_pairs_is_shown_once_or_refused_with_numbers_that_are(kind, world):
+    for n, batch, workers, accum in itertools.product(range(30, 200), (8, 10), (0, 2, 3), (1, 2)):
+        how = dict(workers=workers, world_size=world, accum_freq=accum, dataset_type=kind)
+        try:
+            plan = plan_showing(n, batch, **how)
+        except StudyError as e:
+            if 'at most' in str(e):
+                assert n < batch*world*accum
+                continue
+            low, high = map(int, re.search(r'nearest: (\d+) or (\d+)', str(e)).groups())
+            assert low < n < high
+            for near in {low, high} - {0}:
+                assert plan_showing(near, batch, **how).batch_size == batch
+            continue
+        batches, rest = divmod(n, plan.batch_size*world)
+        assert rest == 0 and batches % accum == 0 and .75*batch <= plan.batch_size <= batch and plan.workers <= workers
+        if kind == 'csv': continue
+        streams = world*max(1, plan.workers)
+        assert plan.shards % streams == 0 and n % plan.shards == 0 and n//streams % plan.batch_size == 0
