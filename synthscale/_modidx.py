@@ -740,6 +740,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'synthscale.laws._study_classes': ('laws.html#_study_classes', 'synthscale/laws.py'),
                                  'synthscale.laws._study_damage': ('laws.html#_study_damage', 'synthscale/laws.py'),
                                  'synthscale.laws._study_relations': ('laws.html#_study_relations', 'synthscale/laws.py'),
+                                 'synthscale.laws._supervised': ('laws.html#_supervised', 'synthscale/laws.py'),
                                  'synthscale.laws._words': ('laws.html#_words', 'synthscale/laws.py'),
                                  'synthscale.laws.added_data_ratio': ('laws.html#added_data_ratio', 'synthscale/laws.py'),
                                  'synthscale.laws.adjusted': ('laws.html#adjusted', 'synthscale/laws.py'),

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 from .curves import CurveSpec, Point, is_synthetic
 from .pools import PoolSpec
+from .primary import PrimaryComparison
 from .recipes import Arch, Augment, Optimizer, Schedule
 from .study import Count, Ident, Key, Positive, Rate, Section, Study, StudyError
 
@@ -112,6 +113,9 @@ class ClipSection(Section):
     mixtures: dict[Key, ClipMixture] = {}
     zero_shot: Union[ZeroShot, None] = None    # null: no classification, for pairs without classes
     attributes: dict[Key, Attribute] = {}
+    declared: Annotated[str, Field(pattern='^([0-9a-f]{40})?$')] = ''          # commit that declared `primary`
+    primary: Annotated[list[PrimaryComparison], Field(max_length=8)] = []      # comparisons of curves of pairs that
+                                     # were declared before these were trained: a family of their own
     retrieval: list[Ident] = []      # splits of classify.eval whose images have captions
 
 # %% ../nbs/00l_clip_curves.ipynb #e5195259

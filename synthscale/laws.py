@@ -630,7 +630,9 @@ def fit_study(study: Study   # the study
     quality = pd.read_csv(study.path('results', 'quality.csv'))
     class_laws, relations, groups = _study_classes(study, per_class, quality)
     tables = dict(laws=laws, comparisons=comparisons, local_slopes=pd.concat(slopes, ignore_index=True),
-                  primary=primary_table(l.primary, loss.assign(n=n.n), ranges, by_run, l.metric), added_data=gains,
+                  primary=primary_table(l.primary, loss.assign(n=n.n), ranges, by_run, l.metric),
+                  clip_primary=primary_table(study.clip.primary, loss.assign(n=n.n), ranges, by_run, l.metric),
+                  added_data=gains,
                   model_selection=selection_table(loss, selections, study.classify.eval.validation),
                   forecasts=forecasts, diagnostics=diagnostics, exchange=exchange_table(n, l.compare),
                   crossovers=crossover_table(n, l.compare), mixtures=mixture_table(loss),
@@ -650,9 +652,27 @@ def _study_relations(study, loss, per_class, quality):
     return relation_tables(*(t.rename(columns=names) for t in sources), quality)
 
 def _study_damage(study, per_class, quality):
-    "The two tables about damaged generators; empty where a study has none."
-    changes = class_changes(damaged_pairs(study), per_class, quality)
-    return dict(damage=damage_effects(changes), damage_changes=changes)
+    """The tables about damaged generators, empty where a study has none; those that were given the captions of a pool
+    apart, because labels and captions can be compared on their images."""
+    pairs, sources = damaged_pairs(study), study.generate.sources
+    told = [n for n in pairs.source if sources[n].prompts in study.clip.pools]
+    changes = class_changes(pairs[~pairs.source.isin(told)], per_class, quality)
+    captioned = _supervised(pairs[pairs.source.isin(told)], curves_of(study), per_class, quality)
+    return dict(damage=damage_effects(changes), damage_changes=changes, clip_damage=captioned)
+
+def _supervised(pairs, curves, per_class, quality):
+    "What damage does to models that learn from labels, from captions, and the difference of both for each generator."
+    found, keys = {}, ['source', 'partner', 'damage', 'class', 'measure', 'test_set', 'n']
+    for how in ('labels', 'captions'):
+        own = {n: c.synthetic for n, c in curves.items() if bool(c.captions) == (how == 'captions') and not c.real}
+        rows = per_class[per_class.curve.isin(own)]
+        rows = rows.assign(curve=rows.curve.map(own))       # a curve goes by the set that it is of
+        there = pairs.source.isin(rows.curve) & pairs.partner.isin(rows.curve)
+        found[how] = class_changes(pairs[there], rows, quality)
+    both = found['captions'].merge(found['labels'], on=keys, suffixes=('', '_labels'))
+    found['captions - labels'] = both.assign(change=both.change-both.change_labels)
+    parts = [damage_effects(f).assign(supervision=how) for how, f in found.items()]
+    return pd.concat(parts, ignore_index=True)
 
 def _study_classes(study, per_class, quality):
     "The three tables about classes: a curve goes with the set whose images it adds."

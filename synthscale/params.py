@@ -542,8 +542,9 @@ def _check_laws(c):
     for n, (lo, hi) in laws.fit_range.items():
         c.unless(lo < hi, f'laws.fit_range.{n}', [lo, hi], '[smallest, largest]')
     sizes = {n: k.sizes for n, k in curves.items()}
-    for text in primary_problems(laws.primary, sizes, c.study.classify.eval.every):
-        c.say(text)
+    for key, declared in (('laws', laws.primary), ('clip', c.study.clip.primary)):
+        for text in primary_problems(declared, sizes, c.study.classify.eval.every):
+            c.say(text.replace('laws.primary', f'{key}.primary'))
     for n, m in laws.model_selection.items():
         key = f'laws.model_selection.{n}'
         c.ref(f'{key}.selected', m.selected, m.among, 'curve among these')
@@ -624,7 +625,7 @@ def _clip_dump(study, curves):
     "The section clip as its stages depend on it: pools, curves with their recipes, and what the models are asked."
     made = _dump(study.clip)
     recipes = {n: {k: v for k, v in r.items() if k != 'reference'} for n, r in made['recipes'].items()}
-    return dict(pools=made['pools'], asked={k: made[k] for k in ('zero_shot', 'attributes', 'retrieval')},
+    return dict(pools=made['pools'], primary=made['primary'], asked={k: made[k] for k in ('zero_shot', 'attributes', 'retrieval')},
                 curves={n: _dump(c) | dict(recipe_name=c.recipe, recipe=recipes[c.recipe]) for n, c in curves.items()})
 
 def resolved(study: Study    # checked
