@@ -160,7 +160,7 @@ def _check_columns(columns, there, path):
     for c in columns:
         if c not in there: raise StudyError(f"{path}: no column {c!r}{nearest(c, there)}")
 
-# %% ../nbs/01d_pairs.ipynb #2cd029d5
+# %% ../nbs/01d_pairs.ipynb #2ef8b41b
 def _text_rows(data, spec, columns, path, faults):
     "(row, column -> texts) of a csv or tsv; the header is row 1."
     ending = Path(spec.table).suffix.lower()
@@ -174,7 +174,7 @@ def _text_rows(data, spec, columns, path, faults):
                 header = row
                 _check_columns(columns, header, path)
             elif row and len(row) != len(header):
-                faults.add(f'{path.name}, row {i}', f'another number of columns than {len(header)} ({len(row)})')
+                faults.add(f'{spec.table}, row {i}', f'another number of columns than {len(header)} ({len(row)})')
             elif row:
                 here = dict(zip(header, row))
                 out.append((i, {c: [here[c]] for c in columns}))
@@ -189,11 +189,11 @@ def table_rows(files: dict,       # of the input, as all_files gives them
                faults: Faults     # filled
               ) -> list:          # (row, column -> its texts)
     "The rows of a table of captions."
-    data, file = _bytes_in(files, 'table', spec.table, path), Path(path)/spec.table
+    data = _bytes_in(files, 'table', spec.table, path)
     captions = [spec.caption] if isinstance(spec.caption, str) else spec.caption
     columns = list(dict.fromkeys([spec.file, *captions, *(c for c in (spec.split, spec.label) if c)]))
-    if spec.table.lower().endswith('.parquet'): return _parquet_rows(data, columns, file)
-    return _text_rows(data, spec, columns, file, faults)
+    if spec.table.lower().endswith('.parquet'): return _parquet_rows(data, columns, Path(path)/spec.table)
+    return _text_rows(data, spec, columns, Path(path)/spec.table, faults)
 
 # %% ../nbs/01d_pairs.ipynb #71e12f17
 def _two_splits(places, path):
@@ -230,7 +230,7 @@ def split_lists(files: dict,      # of the input
     _two_splits(places, path)
     return out
 
-# %% ../nbs/01d_pairs.ipynb #61415e26
+# %% ../nbs/01d_pairs.ipynb #c3bdaffc
 @dataclass
 class _Image:
     "What a table says of an image."
@@ -265,10 +265,10 @@ def _images_of(rows, spec, classes, listed, table, left_out, faults):
             else:
                 here.captions += captions_of([t for c in captions for t in row[c]], spec, faults, f'{where} ({name})')
     _two_splits(places, table)
-    left_out += [dict(file=f'{where} ({name})', reason='no split in any list') for name, where in unlisted.items()]
-    return out
+    left_out += [dict(file=f'{where} ({name})', reason='in no list of splits') for name, where in unlisted.items()]
+    return out, set(unlisted)
 
-# %% ../nbs/01d_pairs.ipynb #fbbf8c15
+# %% ../nbs/01d_pairs.ipynb #39bb5fdb
 def _image_files(path, spec, limits, left_out):
     "File name -> (its place, function that gives its bytes) of the images that a table names."
     notes, root = [], Path(path)
@@ -291,7 +291,7 @@ def table_pairs(path,              # folder or zip
     files = all_files(path, None, limits)
     rows = table_rows(files, path, spec, faults)
     listed = split_lists(files, path, spec, left_out, faults) if spec.lists else {}
-    said = _images_of(rows, spec, classes, listed, spec.table, left_out, faults)
+    said, unlisted = _images_of(rows, spec, classes, listed, spec.table, left_out, faults)
     there = _image_files(path, spec, limits, left_out)
     for name in (n for n in listed if n not in said):
         said[name] = _Image(listed[name][1], listed[name][0], classes[0], [])
@@ -304,7 +304,7 @@ def table_pairs(path,              # folder or zip
         else:
             out.append(Pair(*there[name][:1], s.split, s.label, there[name][1], s.captions))
     left_out += [dict(file=place, reason='an image that the table does not name') for name, (place, _) in there.items()
-                 if name not in said]
+                 if name not in said and name not in unlisted]
     return out, lost
 
 # %% ../nbs/01d_pairs.ipynb #08b4ca5b
