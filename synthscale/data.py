@@ -23,11 +23,11 @@ from .study import (Count, Ident, Key, Positive, Rate, Section, Study, StudyErro
 
 # %% auto #0
 __all__ = ['SetSpec', 'GLYPH', 'Damage', 'DigitsSpec', 'MnistDigitsSpec', 'RenderedDigitsSpec', 'ImagesSpec', 'FolderSpec',
-           'FilesSpec', 'TilesSpec', 'HubImagesSpec', 'ShardsSpec', 'DataSection', 'grey', 'digit_samples',
+           'FilesSpec', 'TilesSpec', 'HubImagesSpec', 'PairsSpec', 'ShardsSpec', 'DataSection', 'grey', 'digit_samples',
            'render_glyph', 'distort', 'uci_normalise', 'uci_form', 'mnist_samples', 'caption', 'read_fonts',
-           'damage_of', 'given_labels', 'rendered_samples', 'Entry', 'files_below', 'same_letters', 'folder_entries',
-           'named_entries', 'tile_entries', 'hub_entries', 'in_order', 'translate', 'usable', 'hold_out',
-           'image_samples', 'shard_samples', 'set_samples', 'near_copies', 'build_set']
+           'damage_of', 'given_labels', 'rendered_samples', 'Entry', 'all_files', 'files_below', 'same_letters',
+           'folder_entries', 'named_entries', 'tile_entries', 'hub_splits', 'hub_entries', 'in_order', 'translate',
+           'usable', 'hold_out', 'image_samples', 'shard_samples', 'set_samples', 'near_copies', 'build_set']
 
 # %% ../nbs/01_data.ipynb #4a347689
 class Damage(Section):
@@ -109,7 +109,8 @@ class ImagesSpec(Section):
     hold_out: dict[Ident, Positive] = {}           # new split -> images, random and class-balanced, from hold_out_from
     hold_out_from: Ident = 'train'
     duplicates: Literal['keep', 'drop'] = 'keep'   # drop: images whose pixels occurred before in the set, in any split
-    unreadable: Literal['error', 'skip'] = 'error' # of a damaged image; runs/data/NAME/left_out.csv lists skipped ones
+    unreadable: Literal['error', 'skip'] = 'error' # of a damaged image, and of a pair without caption or image;
+                                     # runs/data/NAME/left_out.csv lists skipped ones
     max_left_out: _Share = 0.1        # of the images, damaged or repeated; more is an error: then it is another kind of
                                      # input than was thought
     background: Union[Literal['white', 'black'], None] = None    # behind transparent pixels; null: they are an error
@@ -153,6 +154,27 @@ class HubImagesSpec(ImagesSpec):
     image: str = 'image'             # column of images
     label: str = 'label'             # column of class numbers or names
 
+class PairsSpec(ImagesSpec):
+    "Images with captions: a table beside them, shards of img2dataset, or a set of the hub. See the notebook pairs."
+    type: Literal['pairs']
+    form: Literal['table', 'img2dataset', 'hub']     # a table beside images, shards of img2dataset, a set of the hub
+    fewer_classes: bool = True       # captions need no classes: without `label` all images are of the study's first one
+    caption: Union[str, Annotated[list[str], Field(min_length=1)]] = 'caption'     # table, hub: column, or several
+    lines: Literal['each', 'joined'] = 'each'        # each line of a caption is one of its own; joined: they are one
+    label: str = ''                  # column of classes; img2dataset: their key in .json; empty: there are none
+    table: _Inside = ''              # table: a .csv, .tsv, .txt or .parquet inside `input`
+    columns: list[str] = []          # table: names of its columns where it has no header
+    quoted: Union[bool, None] = None # table: whether " encloses values; null: in .csv, not in .tsv and .txt
+    images: _Inside = ''             # table: folder or .zip inside `input` that names of files count from
+    file: str = 'file'               # table: column of these names; several rows of a name are captions of one image
+    cut: str = ''                    # table: regular expression of what is cut from these names, as #0 in Flickr8k
+    split: str = ''                  # table: column of splits; empty: all are 'train', or as `lists` have it
+    lists: dict[Ident, _Inside] = {} # table: split -> text file inside `input` with a file name on each line
+    repo: _Inside = ''               # hub: OWNER/NAME, or a folder of parquet files under data.root
+    revision: str = ''               # hub: the full commit hash, 40 hexadecimal digits; not for a folder
+    config: str = ''                 # hub: the configuration, where the set has several
+    image: str = 'image'             # hub: column of images
+
 class ShardsSpec(Section):
     "WebDataset tar shards of your own: each key has an image and a `cls` (index into study.classes, or a class name)."
     type: Literal['webdataset']
@@ -168,7 +190,8 @@ class ShardsSpec(Section):
 
 # %% ../nbs/01_data.ipynb #c307f55c
 SetSpec = Annotated[
-    Union[DigitsSpec, MnistDigitsSpec, RenderedDigitsSpec, FolderSpec, FilesSpec, TilesSpec, HubImagesSpec, ShardsSpec],
+    Union[DigitsSpec, MnistDigitsSpec, RenderedDigitsSpec, FolderSpec, FilesSpec, TilesSpec, HubImagesSpec, PairsSpec,
+          ShardsSpec],
     Field(discriminator='type')]
 
 class DataSection(Section):
@@ -455,14 +478,22 @@ def _no_image(name):
     if parts[0] == '__MACOSX' or parts[-1].startswith('._'): return 'a note of macOS'
     return '' if ext in IMAGE_TYPES or ext in OTHER_TYPES else 'no image by its ending'
 
+def all_files(path,                      # a folder or a .zip
+              left_out=None,             # list, filled: files that another one of the same name replaces
+              limits: Limits = Limits()  # what is too much in a zip
+             ) -> dict:                  # path inside it -> function that gives its bytes
+    "The files of a folder or a zip, whatever they are."
+    path = Path(path)
+    if not path.is_dir() and not zipfile.is_zipfile(path): raise StudyError(f"{path}: expected a folder or a zip")
+    return _folder_files(path) if path.is_dir() else _zip_files(path, limits, left_out)
+
 def files_below(path,                      # a folder or a .zip
                 left_out=None,             # list, filled: files that are no images, and why
                 limits: Limits = Limits()  # what is too much in a zip
                ) -> dict:                  # path inside it -> function that gives its bytes, sorted
     "The image files of a folder or a zip."
     path, out = Path(path), {}
-    if not path.is_dir() and not zipfile.is_zipfile(path): raise StudyError(f"{path}: expected a folder or a zip")
-    found = _folder_files(path) if path.is_dir() else _zip_files(path, limits, left_out)
+    found = all_files(path, left_out, limits)
     for k in sorted(found):
         ext, why = k.rpartition('.')[2].lower(), _no_image(k)
         if why:
@@ -575,13 +606,15 @@ def _hub_image(rows, i, column):
     value = rows[i][column]
     return value['bytes'] if value['bytes'] is not None else Path(value['path']).read_bytes()
 
-def hub_entries(root, spec    # folder that may hold `repo`; HubImagesSpec
-               ) -> list:
-    "The rows of a set of the Hugging Face hub, or of a folder like one."
+def hub_splits(root,          # folder that may hold `repo`
+               spec,          # HubImagesSpec, or PairsSpec
+               columns: list  # that it must have; the first one has the images
+              ) -> dict:      # split -> a `datasets.Dataset` whose images are not decoded
+    "A set of the Hugging Face hub at its commit, or a folder like one."
     try:
         import datasets
     except ImportError:
-        raise StudyError("type 'hub_images' needs the library `datasets`: pip install 'synthscale[hub]'") from None
+        raise StudyError(f"type {spec.type!r} needs the library `datasets`: pip install 'synthscale[hub]'") from None
     local = Path(root)/spec.repo
     if local.is_dir():
         sets = datasets.load_dataset(str(local), spec.config or None)
@@ -589,12 +622,18 @@ def hub_entries(root, spec    # folder that may hold `repo`; HubImagesSpec
         raise StudyError(f"{local}: no such folder; a set of the hub needs its commit, the key `revision`")
     else:
         sets = datasets.load_dataset(spec.repo, spec.config or None, revision=spec.revision)
-    out = []
     for split, rows in sets.items():
-        for c in (spec.image, spec.label):
+        for c in columns:
             if c not in rows.column_names:
                 raise StudyError(f"{spec.repo}: no column {c!r}{nearest(c, rows.column_names)}")
-        rows = rows.cast_column(spec.image, datasets.Image(decode=False))
+        sets[split] = rows.cast_column(columns[0], datasets.Image(decode=False))
+    return sets
+
+def hub_entries(root, spec    # folder that may hold `repo`; HubImagesSpec
+               ) -> list:
+    "The rows of a set of the Hugging Face hub, or of a folder like one."
+    out = []
+    for split, rows in hub_splits(root, spec, [spec.image, spec.label]).items():
         names = getattr(rows.features[spec.label], 'names', None)
         for i, y in enumerate(rows[spec.label]):
             known = names and isinstance(y, int) and 0 <= y < len(names)      # -1 and null stand for "no label"
@@ -843,6 +882,9 @@ def set_samples(study: Study,   # the study
     if spec.type == 'webdataset':
         seen = dict(background=spec.background or '', value_range=spec.value_range)
         return shard_samples(path, classes, size, ch, left_out, study.data.limits, **seen), None
+    if spec.type == 'pairs':
+        from synthscale.pairs import pair_samples
+        return pair_samples(study, name, path, left_out)
     found = translate(_entries(study, spec, path, left_out), spec, classes, name, left_out)
     try:
         found = usable(found, spec, size, ch, left_out, study.data.limits)

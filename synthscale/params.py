@@ -8,12 +8,13 @@ import json, re, string
 from pydantic import BaseModel, TypeAdapter
 from .curves import curves_of, is_synthetic, scored_sets
 from .damage import damaged_pairs
-from .data import (DigitsSpec, HubImagesSpec, ImagesSpec, MnistDigitsSpec, RenderedDigitsSpec, TilesSpec,
-                             damage_of)
+from .data import (DigitsSpec, HubImagesSpec, ImagesSpec, MnistDigitsSpec, PairsSpec, RenderedDigitsSpec,
+                             TilesSpec, damage_of)
 from .generate import source_spec
 from .laws import fit_ranges
 from .backbones import BackboneSpec, backbone_faults, class_indices, own_names
 from .models import HubFiles, HubSpec, LocalSpec, task_of
+from .pairs import pairs_faults
 from .primary import primary_problems
 from .prompts import check_caption_split
 from .report import labels_of
@@ -163,9 +164,11 @@ def _check_images(c):
             c.say(f"{key}.classes leads nothing to class {lost[0]!r} ({len(lost)} such classes): expected every class "
                   "of the study, or fewer_classes: true for a test set of some of them")
         _check_pattern(c, f'{key}.pattern', getattr(s, 'pattern', ''))
+        for k, found, expected in pairs_faults(s) if isinstance(s, PairsSpec) else ():
+            c.unless(False, f'{key}.{k}', found, expected)
         if isinstance(s, TilesSpec) and bool(s.drop) != bool(s.drop_column):
             c.say(f"{key}: drop and drop_column belong together")
-        if isinstance(s, HubImagesSpec) and s.revision:
+        if isinstance(s, (HubImagesSpec, PairsSpec)) and s.revision:
             _check_commit(c, f'{key}.revision', s.revision)
 
 # %% ../nbs/10_params.ipynb #d318bd96
@@ -395,6 +398,7 @@ def known_splits(spec    # of a set under data.sets
     if isinstance(spec, DigitsSpec): return ['train', 'ood', *(s for s in ('val', 'test') if getattr(spec, f'n_{s}'))]
     if isinstance(spec, MnistDigitsSpec): return ['train', 'val', 'test']
     if isinstance(spec, RenderedDigitsSpec): return list(spec.splits)
+    if isinstance(spec, PairsSpec) and spec.lists and not spec.splits: return list({**spec.lists, **spec.hold_out})
     if not isinstance(spec, ImagesSpec) or not spec.splits: return None
     return list(dict.fromkeys([*(s for s in spec.splits.values() if s), *spec.hold_out]))
 

@@ -4,7 +4,7 @@
 
 # %% ../nbs/00c_shards.ipynb #30393c1d
 from __future__ import annotations
-import gzip, hashlib, io, itertools, json, mmap, os, re, shutil, tarfile
+import gzip, hashlib, io, itertools, json, mmap, os, re, shutil, tarfile, unicodedata
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ from .pixels import IMAGE_TYPES, Limits, as_seen, changes, check_archive, open_i
 from .study import StudyError, atomic_file, file_sha256, nearest, write_atomic
 
 # %% auto #0
-__all__ = ['COLUMNS', 'encode_image', 'encode_png', 'decode', 'write_shard', 'tar_samples', 'replace_folder', 'write_manifest',
-           'manifest_differs', 'write_set', 'check_manifest', 'check_folder', 'read_manifest', 'left_out_keys',
-           'check_keys', 'read_shard', 'ShardImages', 'open_images', 'join', 'ImageSet', 'load_set', 'by_class',
-           'balanced_order', 'own_order', 'order_of', 'check_subset', 'subset', 'file_names', 'check_set',
+__all__ = ['COLUMNS', 'encode_image', 'encode_png', 'decode', 'write_shard', 'tar_samples', 'replace_folder', 'caption_lines',
+           'write_manifest', 'manifest_differs', 'write_set', 'check_manifest', 'check_folder', 'read_manifest',
+           'left_out_keys', 'check_keys', 'read_shard', 'ShardImages', 'open_images', 'join', 'ImageSet', 'load_set',
+           'by_class', 'balanced_order', 'own_order', 'order_of', 'check_subset', 'subset', 'file_names', 'check_set',
            'sample_grid']
 
 # %% ../nbs/00c_shards.ipynb #764070c0
@@ -137,6 +137,14 @@ def replace_folder(new,      # a finished folder
         Path(folder).rename(old)
     Path(new).rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+# %% ../nbs/00c_shards.ipynb #56cd9a9d
+def caption_lines(caption: str    # of a manifest
+                 ) -> list:
+    "The captions of an image: the lines that are not blank, each with single blanks between its words."
+    lines = (''.join(' ' if unicodedata.category(c) in ('Cc', 'Cs') else c for c in line)
+             for line in caption.split('\n'))
+    return [' '.join(line.split()) for line in lines if line.strip()]
 
 # %% ../nbs/00c_shards.ipynb #39ffa2e0
 COLUMNS = ['key', 'split', 'class', 'label', 'caption', 'shard', 'sha256', 'shard_sha256']

@@ -19,10 +19,11 @@ def bare(tmp_path_factory):
     return d
 
 def with_texts():
-    "The parameters of the smoke study with a prompt set of every kind."
+    "The parameters of the smoke study with a prompt set of every kind, and a caption pool."
     p, texts = smoke_params(), smoke_text_models()
     p['models'] |= texts.pop('models')
     p['prompts'] |= texts
+    p['clip'] = p.get('clip', {}) | dict(pools=dict(told=dict(set='rendered')))
     return p
 
 def write(d, place, names):
