@@ -180,6 +180,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'synthscale.clip_curves.ClipRecipe.samples_seen': ( 'clip_curves.html#cliprecipe.samples_seen',
                                                                                             'synthscale/clip_curves.py'),
                                         'synthscale.clip_curves.ClipSection': ('clip_curves.html#clipsection', 'synthscale/clip_curves.py'),
+                                        'synthscale.clip_curves.Gap': ('clip_curves.html#gap', 'synthscale/clip_curves.py'),
                                         'synthscale.clip_curves.ZeroShot': ('clip_curves.html#zeroshot', 'synthscale/clip_curves.py'),
                                         'synthscale.clip_curves._pairs': ('clip_curves.html#_pairs', 'synthscale/clip_curves.py'),
                                         'synthscale.clip_curves._random_config': ( 'clip_curves.html#_random_config',

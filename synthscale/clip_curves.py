@@ -14,8 +14,8 @@ from .recipes import Arch, Augment, Optimizer, Schedule
 from .study import Count, Ident, Key, Positive, Rate, Section, Study, StudyError
 
 # %% auto #0
-__all__ = ['ClipModelSpec', 'ClipRecipe', 'ZeroShot', 'Attribute', 'ClipCurve', 'ClipMixture', 'ClipSection', 'clip_curves_of',
-           'pair_samples']
+__all__ = ['ClipModelSpec', 'ClipRecipe', 'ZeroShot', 'Attribute', 'ClipCurve', 'ClipMixture', 'Gap', 'ClipSection',
+           'clip_curves_of', 'pair_samples']
 
 # %% ../nbs/00l_clip_curves.ipynb #f03e95f2
 _REFUSED = {'timm_model_pretrained': 'names weights', 'hf_model_name': 'names a model of a hub',
@@ -103,6 +103,14 @@ class ClipMixture(Section):
     seeds: Union[Positive, None] = None
     recipe: Union[Ident, None] = None
 
+class Gap(Section):
+    "The difference of two exponents under labels, and the same under captions."
+    labels: Annotated[list[Ident], Field(min_length=2, max_length=2)]        # curves of classifiers: real, synthetic
+    captions: Annotated[list[Ident], Field(min_length=2, max_length=2)]      # curves of pairs: real, synthetic
+    test_sets: list[Ident]           # splits under classify.eval
+    claim: str = ''                  # the sentence that it is evidence for
+    expected: Literal['differ', 'higher', 'lower'] = 'differ'      # what that says of the gap under labels
+
 class ClipSection(Section):
     "CLIP models trained along curves of image-caption pairs."
     recipe: Ident = ''               # of every curve that does not name another, under clip.recipes
@@ -116,6 +124,7 @@ class ClipSection(Section):
     declared: Annotated[str, Field(pattern='^([0-9a-f]{40})?$')] = ''          # commit that declared `primary`
     primary: Annotated[list[PrimaryComparison], Field(max_length=8)] = []      # comparisons of curves of pairs that
                                      # were declared before these were trained: a family of their own
+    gaps: dict[Key, Gap] = {}        # gaps under labels against gaps under captions, declared with them
     retrieval: list[Ident] = []      # splits of classify.eval whose images have captions
 
 # %% ../nbs/00l_clip_curves.ipynb #e5195259
