@@ -1501,6 +1501,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'synthscale.zero_shot._wds_samples': ('zero_shot.html#_wds_samples', 'synthscale/zero_shot.py'),
                                       'synthscale.zero_shot._wds_texts': ('zero_shot.html#_wds_texts', 'synthscale/zero_shot.py'),
                                       'synthscale.zero_shot._with_c': ('zero_shot.html#_with_c', 'synthscale/zero_shot.py'),
+                                      'synthscale.zero_shot.caption_scores': ('zero_shot.html#caption_scores', 'synthscale/zero_shot.py'),
                                       'synthscale.zero_shot.check_names': ('zero_shot.html#check_names', 'synthscale/zero_shot.py'),
                                       'synthscale.zero_shot.class_names': ('zero_shot.html#class_names', 'synthscale/zero_shot.py'),
                                       'synthscale.zero_shot.class_weights': ('zero_shot.html#class_weights', 'synthscale/zero_shot.py'),
