@@ -4,7 +4,7 @@
 
 # %% ../nbs/00a_run.ipynb #11e03a90
 from __future__ import annotations
-import argparse, json, os, re, shutil, subprocess, sys
+import argparse, json, os, re, shlex, shutil, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
 from filelock import FileLock, Timeout
@@ -21,7 +21,7 @@ __all__ = ['TOOLS', 'prepare', 'read_prepared', 'check_code', 'check_prepared', 
            'check_parameters', 'one_writer', 'executed_path', 'execute', 'stage_key', 'cost', 'run_stage',
            'package_root', 'run_alone', 'readme_text', 'refresh', 'readme', 'check_new', 'new_study', 'plan',
            'generate_shards', 'verify', 'train', 'write_class_table', 'look', 'check', 'explain', 'clip_export',
-           'agree', 'main']
+           'agree', 'write_clip_benchmark', 'main']
 
 # %% ../nbs/00a_run.ipynb #939b9f30
 _PROMPTS = ('Class tables and files of prompts that params.yaml names (`prompts.classes`, `prompts.sets.NAME.file`). '
@@ -215,7 +215,7 @@ def cost(before,        # resource usage of children before the run
 
 # Words of the command line that are no stages; see below.
 TOOLS = ('prepare', 'repro', 'doctor', 'check', 'why', 'plan', 'generate-shards', 'verify', 'train', 'class-table',
-         'compare', 'clip-export', 'readme', 'refresh', 'new-study')
+         'clip-benchmark', 'compare', 'clip-export', 'readme', 'refresh', 'new-study')
 
 def _run_prepared(study, stage, nb, values, out):
     "Execute a prepared notebook; write it and what it cost."
@@ -522,7 +522,24 @@ def agree(a: str,            # results/, the folder of a study, or a commit
     print(f"{len(t)} tables, {int(bad.sum())} of them differ" if bad.any() else f"{len(t)} tables, all agree")
     return int(bad.any())
 
-# %% ../nbs/00a_run.ipynb #516313f1
+# %% ../nbs/00a_run.ipynb #507381b1
+def write_clip_benchmark(study: Study,      # the study
+                         name: str,         # of an image set
+                         folder,            # written
+                         split: str,        # of the set
+                         templates: list,   # [] for a photo of a {}.
+                         retrieval: bool    # captions in the place of class names
+                        ) -> int:           # exit code
+    "Write a split of an image set as CLIP_benchmark reads it, and print the line that measures a model on it."
+    from synthscale.zero_shot import write_wds
+    kind = 'retrieval' if retrieval else 'classification'
+    root = write_wds(study, name, split, folder, templates or ['a photo of a {}.'], kind)
+    task = ' --task zeroshot_retrieval --recall_k 1 5 10' if retrieval else ''
+    print(f"clip_benchmark eval --dataset wds/{name} --dataset_root {shlex.quote(str(root))}{task} --no_amp "
+          "--num_workers 0 --model MODEL --pretrained CHECKPOINT")
+    return 0
+
+# %% ../nbs/00a_run.ipynb #116019ec
 def _prepare(study):
     "The stage `prepare`, one at a time."
     keep_good(study)
@@ -534,6 +551,18 @@ def _options(*flags, parent=None, **how):
     p = argparse.ArgumentParser(add_help=False, parents=[parent] if parent else [])
     p.add_argument(*flags, **how)
     return p
+
+def _add_clip_benchmark(tool):
+    "The options of `clip-benchmark`."
+    one = tool('clip-benchmark', "write a split of an image set in CLIP_benchmark's layout",
+               lambda a: write_clip_benchmark(Study(a.study), a.set, a.folder, a.split, a.template, a.retrieval))
+    one.add_argument('action', choices=['write'])
+    one.add_argument('set')
+    one.add_argument('folder')
+    one.add_argument('--split', default='test')
+    one.add_argument('--template', action='append', default=[],
+                     help="'a photo of a {}.', or openai or simple; may be repeated (default: a photo of a {}.)")
+    one.add_argument('--retrieval', action='store_true', help='captions in the place of class names')
 
 # %% ../nbs/00a_run.ipynb #c0000010
 def _tools():
@@ -582,6 +611,7 @@ def _tools():
     for name in 'ab':
         one.add_argument(name, help='results/, the folder of a study, or a commit')
     _clip_export_tool(tool)
+    _add_clip_benchmark(tool)
     tool('readme', 'README.md from nbs/index.ipynb', lambda a: readme(a.study))
     tool('refresh', 'execute a notebook and keep its outputs', lambda a: refresh(a.notebook)).add_argument('notebook')
     tool('new-study', 'lay out a study folder', lambda a: new_study(a.folder)).add_argument('folder')

@@ -24,8 +24,8 @@ from .train import measure, temperature
 # %% auto #0
 __all__ = ['L2', 'zero_shot_templates', 'check_names', 'preprocessed', 'image_features', 'text_features', 'class_weights',
            'learned_scale', 'zero_shot_logits', 'zero_shot', 'split_captions', 'recall_by_chance', 'retrieval',
-           'image_text_retrieval', 'linear_probe', 'clip_score', 'OpenClipModel', 'load_open_clip', 'class_names',
-           'write_wds', 'WdsSet', 'read_wds', 'evaluate_wds', 'downstream', 'downstream_set']
+           'image_text_retrieval', 'linear_probe', 'clip_score', 'caption_scores', 'OpenClipModel', 'load_open_clip',
+           'class_names', 'write_wds', 'WdsSet', 'read_wds', 'evaluate_wds', 'downstream', 'downstream_set']
 
 # %% ../nbs/06b_zero_shot.ipynb #e772816f
 _LISTS = dict(openai=open_clip.OPENAI_IMAGENET_TEMPLATES, simple=open_clip.SIMPLE_IMAGENET_TEMPLATES)
@@ -391,6 +391,19 @@ def clip_score(image_features,   # n x d
     if len(x) != len(t): raise StudyError.at('number of texts', len(t), f'{len(x)}, one for each image')
     each = 100*np.maximum((x*t).sum(1), 0)
     return dict(clip_score=float(each.mean()), stderr=float(each.std()/len(each)**.5), each=each)
+
+# %% ../nbs/06b_zero_shot.ipynb #f5040d98
+def caption_scores(m,           # a model
+                   images,      # as for `image_features`
+                   captions,    # of each image, as for `split_captions`
+                   keys=None    # of the images, for errors
+                  ) -> np.ndarray:      # of each image, 0 to 100
+    "The CLIP score of each image with its own captions."
+    if len(captions) != len(images):
+        raise StudyError.at('number of captioned images', len(captions), f'{len(images)}, as of images')
+    texts, of = split_captions(captions, keys)
+    each = clip_score(image_features(m, images)[of], text_features(m, texts))['each']
+    return np.bincount(of, each)/np.bincount(of)
 
 # %% ../nbs/06b_zero_shot.ipynb #077cd277
 @dataclass
