@@ -139,8 +139,10 @@ def clip_curves_of(study: Study    # the study
             slot = 'real'            # the pool's own images are the real ones of this comparison
         out[n] = _pairs(s, c, **{slot: c.set, f'n_{slot}': tuple(c.n_pairs)})
     for n, m in s.mixtures.items():
+        alone = [k for k, c in s.curves.items() if (c.captions, c.set) == (m.captions, m.real)]
         out[n] = _pairs(s, m, real=m.real, synthetic=m.synthetic, n_real=tuple(m.n_pairs),
-                        n_synthetic=tuple(m.n_pairs), real_share=m.real_share, equal_exposures=m.exposures == 'real')
+                        n_synthetic=tuple(m.n_pairs), real_share=m.real_share, equal_exposures=m.exposures == 'real',
+                        as_long=alone[0] if alone else '')
     return out
 
 def _pairs(s, c, **more):

@@ -30,7 +30,7 @@ __all__ = ['ModelSelection', 'LawsSection', 'fit_ranges', 'fit_line', 'seed_slop
            'plot_forecast', 'CurveLaw', 'study_curve', 'with_n', 'rows_by_curve', 'measured', 'positive', 'adjusted',
            'fit_table', 'local_table', 'study_curves', 'forecast_table', 'next_table', 'equivalent_table',
            'exchange_table', 'crossover_table', 'mixture_table', 'class_tables', 'scored_as', 'group_table',
-           'fit_study', 'fit_own']
+           'gap_contrast', 'gap_table', 'fit_study', 'fit_own']
 
 # %% ../nbs/08_laws.ipynb #6933faf0
 class ModelSelection(Section):
@@ -607,6 +607,48 @@ def group_table(recall: pd.DataFrame,   # rows as in per_class.parquet with n: t
              for t, g in of(c).groupby('test_set', sort=False) if g.n.nunique() > 1]
     return _stacked(found, ['curve', 'test_set', *class_groups(recall[:0]).columns])
 
+# %% ../nbs/08_laws.ipynb #2bdcbe2c
+_GAPS = ['name', 'supervision', 'real', 'synthetic', 'test_set', 'metric', 'n_lo', 'n_hi', 'k_real', 'k_synthetic',
+         'gap', 'ci_lo', 'ci_hi', 'covers', 'n_seeds', 'p', 'verdict']
+
+def gap_contrast(real: pd.DataFrame,       # rows of one curve and test set, with n
+                 synthetic: pd.DataFrame,  # of the other
+                 by_run=None               # losses of single images, as `image_losses` gives them
+                ) -> Contrast:             # one gap of exponents for each seed that both have
+    "The exponent of real images minus that of synthetic ones."
+    seeds = set(real.seed) & set(synthetic.seed)
+    a, b = (slope_rows(g[g.seed.isin(seeds)]) for g in (real, synthetic))
+    return run_contrast(pd.concat([a, b.assign(weight=-b.weight)]), by_run)
+
+def _gap(name, gap, t, df, by_run):
+    "The rows of one gap on one test set: under labels, under captions, and their difference."
+    arms = {how: [df[(df.curve == c) & (df.test_set == t)] for c in getattr(gap, how)] for how in ('labels', 'captions')}
+    sizes = sorted(set.intersection(*(set(g.n) for pair in arms.values() for g in pair)))
+    if len(sizes) < 2: raise StudyError(f"clip.gaps.{name}: its curves share {len(sizes)} sizes, expected two")
+    found, rows = {}, []
+    for how, pair in arms.items():
+        pair = [g[g.n.isin(sizes)] for g in pair]
+        found[how] = gap_contrast(*pair, by_run)
+        k = [-fit_line(g.n, g.value).params[1] for g in pair]
+        rows.append(dict(supervision=how, real=getattr(gap, how)[0], synthetic=getattr(gap, how)[1], k_real=k[0],
+                         k_synthetic=k[1], **_gap_row(effect([found[how]]))))
+    both = effect([found['labels']], [found['captions']])
+    rows.append(dict(supervision='labels - captions', real='', synthetic='', **_gap_row(both)))
+    return [dict(name=name, test_set=t, n_lo=sizes[0], n_hi=sizes[-1]) | r for r in rows]
+
+def _gap_row(e):
+    "An effect as columns."
+    return dict(gap=e['estimate'], verdict=verdict(e), **{k: e[k] for k in ('ci_lo', 'ci_hi', 'covers', 'n_seeds', 'p')})
+
+def gap_table(gaps,               # name -> Gap, as clip.gaps has them
+              df: pd.DataFrame,   # rows of one metric with a column n
+              metric: str,        # which
+              by_run=None         # losses of single images, as `image_losses` gives them
+             ) -> pd.DataFrame:   # three rows per gap and test set
+    "Gaps of exponents between real and synthetic images, under labels, under captions, and the difference."
+    rows = [r for name, gap in gaps.items() for t in gap.test_sets for r in _gap(name, gap, t, df, by_run)]
+    return pd.DataFrame(rows, columns=_GAPS).assign(metric=metric)
+
 # %% ../nbs/08_laws.ipynb #8275a5cb
 def fit_study(study: Study   # the study
              ) -> pd.DataFrame:
@@ -631,6 +673,7 @@ def fit_study(study: Study   # the study
     class_laws, relations, groups = _study_classes(study, per_class, quality)
     tables = dict(laws=laws, comparisons=comparisons, local_slopes=pd.concat(slopes, ignore_index=True),
                   primary=primary_table(l.primary, loss.assign(n=n.n), ranges, by_run, l.metric),
+                  clip_gaps=gap_table(study.clip.gaps, n, l.metric, by_run),
                   clip_primary=primary_table(study.clip.primary, loss.assign(n=n.n), ranges, by_run, l.metric),
                   added_data=gains,
                   model_selection=selection_table(loss, selections, study.classify.eval.validation),

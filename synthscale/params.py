@@ -546,6 +546,11 @@ def _check_laws(c):
     for n, (lo, hi) in laws.fit_range.items():
         c.unless(lo < hi, f'laws.fit_range.{n}', [lo, hi], '[smallest, largest]')
     sizes = {n: k.sizes for n, k in curves.items()}
+    for name, gap in c.study.clip.gaps.items():
+        for n in (*gap.labels, *gap.captions):
+            c.ref(f'clip.gaps.{name}', n, curves, _CURVE)
+        for t in gap.test_sets:
+            c.ref(f'clip.gaps.{name}.test_sets', t, c.study.classify.eval.every, 'split under classify.eval')
     for key, declared in (('laws', laws.primary), ('clip', c.study.clip.primary)):
         for text in primary_problems(declared, sizes, c.study.classify.eval.every):
             c.say(text.replace('laws.primary', f'{key}.primary'))
@@ -629,7 +634,8 @@ def _clip_dump(study, curves):
     "The section clip as its stages depend on it: pools, curves with their recipes, and what the models are asked."
     made = _dump(study.clip)
     recipes = {n: {k: v for k, v in r.items() if k != 'reference'} for n, r in made['recipes'].items()}
-    return dict(pools=made['pools'], primary=made['primary'], asked={k: made[k] for k in ('zero_shot', 'attributes', 'retrieval')},
+    return dict(pools=made['pools'], primary=made['primary'], gaps=made['gaps'],
+                asked={k: made[k] for k in ('zero_shot', 'attributes', 'retrieval')},
                 curves={n: _dump(c) | dict(recipe_name=c.recipe, recipe=recipes[c.recipe]) for n, c in curves.items()})
 
 def resolved(study: Study    # checked

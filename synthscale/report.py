@@ -20,7 +20,7 @@ from .study import Ident, Positive, Section, Study, StudyError, write_atomic, wr
 
 # %% auto #0
 __all__ = ['METRICS', 'ReportSection', 'labels_of', 'Words', 'words_of', 'style', 'axes', 'save', 'legend', 'leading',
-           'plot_scaling', 'plot_exponents', 'plot_residuals', 'plot_exchange', 'plot_mixing', 'plot_grid',
+           'plot_scaling', 'plot_exponents', 'plot_residuals', 'plot_exchange', 'plot_mixing', 'plot_both', 'plot_grid',
            'loss_colours', 'factor_table', 'plot_guidance', 'plot_prompt_sets', 'plot_generators', 'plot_quality',
            'plot_relations', 'plot_damage', 'class_means', 'plot_classes', 'plot_samples', 'Tables', 'headline',
            'predictions', 'cost_table', 'headline_curves', 'plot_table', 'make_report', 'study_styles', 'report_table']
@@ -30,6 +30,7 @@ class ReportSection(Section):
     "What the figures show; the tables hold every curve of the study anyway."
     scaling: list[Ident] = []          # curves in the headline figure, best few; [] for all curves of one set
     panels: dict[str, list[Ident]] = {}     # words -> curves of one panel of a second figure, all with the same axes
+    supervision: dict[str, list[Ident]] = {}          # words -> curves of one panel: under labels, under captions
     mixing: list[Ident] = []           # curves that add synthetic images to a fixed number of real ones
     grids: list[Ident] = []            # curves shown as n_real x n_synthetic
     labels: dict[Ident, str] = {}      # curve, set, prompt set or test split (on axes: loss "on" it): words for it in
@@ -429,6 +430,29 @@ def plot_mixing(ax,                   # matplotlib axes
     others = ['Half-filled: against the control named after the stroke.'] if (a.against != a.curve).any() else []
     return ['Ratios of pairs of the same seed, with their 95 % intervals.', *others]
 
+# %% ../nbs/09_report.ipynb #2fbeeb47
+def plot_both(ax,                   # matplotlib axes
+              added: pd.DataFrame,  # rows as in added_data.csv
+              curves: list,         # names of curves of pairs with both images of each caption
+              test_set: str,        # name of the test split
+              styles: dict,         # from `style`
+              words=Words()         # of axes
+             ) -> list:             # sentences on what the marks mean
+    "Ratio of the loss with both images of each caption to that with the real ones, against the number of captions."
+    a = added[added.curve.isin(curves) & (added.test_set == test_set)]
+    shown, most = [c for c in curves if c in set(a.curve)], a.n_seeds.max()
+    for i, c in enumerate(shown):
+        g, apart = a[a.curve == c].sort_values('n_real'), 1.05**(i-(len(shown)-1)/2)
+        look = styles[c] | dict(label=f"{styles[c]['label']}  /  {styles[g.against.iloc[0]]['label']}"
+                                      f"{_seeds(g.n_seeds, most)}")
+        _gains(ax, g.assign(n_synthetic=g.n_real), look, apart, True)
+    ax.axhline(1, color='.5', lw=1)
+    ax.set(xscale='log', yscale='log', xlabel='captions')
+    _upright(ax, f'× {words.loss(test_set)}', '(below 1 helps)')
+    _counts(ax)
+    _plain_ticks(ax)
+    return ['Ratios of pairs of the same seed, with their 95 % intervals.']
+
 # %% ../nbs/09_report.ipynb #564f3d70
 def plot_grid(ax,                   # matplotlib axes
               means: pd.DataFrame,  # rows as in summary.csv, of one metric
@@ -703,7 +727,7 @@ def plot_samples(ax,          # matplotlib axes
 
 # %% ../nbs/09_report.ipynb #86144424
 _TABLES = ('summary', 'laws', 'comparisons', 'added_data', 'model_selection', 'forecasts', 'exchange', 'crossovers',
-           'mixtures', 'quality', 'damage', 'damage_changes', 'factors')
+           'mixtures', 'quality', 'damage', 'damage_changes', 'factors', 'clip_gaps', 'clip_damage')
 
 @dataclass
 class Tables:
@@ -711,6 +735,7 @@ class Tables:
     folder: Path = None                          # results/ of a study; None: all others are empty
     given: dict = field(default_factory=dict)    # name -> table, those that need not be read
     metric: str = 'loss'                         # the one that leads, as laws.metric
+    x: dict = field(default_factory=dict)        # curve -> column of the size that varies, as laws.x
 
     def __getattr__(self, name):
         if name not in _TABLES: raise AttributeError(f'no table {name!r}')
@@ -726,7 +751,7 @@ class Tables:
     @property
     def means(self):
         "The summary in the leading metric, with a column n."
-        return with_n(leading(self.summary, self.metric))
+        return with_n(leading(self.summary, self.metric), self.x)
 
     def of_loss(self, name):
         "The rows of `laws` or `comparisons` that are about the leading metric."
@@ -871,11 +896,11 @@ def make_report(study: Study   # the study
                ) -> dict:
     "Write the figures, and headline.json, factors.csv, costs.csv and plot_loss.csv to results/; returns the headline."
     results = study.path('results')
-    t, words, scaling = Tables(results, metric=study.laws.metric), words_of(study), headline_curves(study)
+    t, words, scaling = Tables(results, {}, study.laws.metric, study.laws.x), words_of(study), headline_curves(study)
     t.given['factors'] = factor_table(study, t.means, t.quality)
     styles = study_styles(study)
     for make in (_loss_figures, _panel_figures, _mixture_figures, _law_figures, _class_figure, _factor_figures,
-                 _quality_figures, _damage_figure):
+                 _quality_figures, _damage_figure, _supervision_figure):
         make(study, t, styles, words)
     _sample_figure(study, words)
     write_csv(results/'plot_loss.csv', plot_table(t.means, scaling, study.classify.eval.tested))
@@ -889,8 +914,9 @@ def study_styles(study: Study   # the study
                 ) -> dict:      # as `style` gives it
     "The look of each curve in every figure of a study; those of the headline figure have the first colours."
     rep = study.report
-    order = [*headline_curves(study), *itertools.chain(*rep.panels.values()), *rep.mixing, *curves_of(study)]
-    together = [headline_curves(study), *rep.panels.values(), rep.mixing]
+    order = [*headline_curves(study), *itertools.chain(*rep.panels.values(), *rep.supervision.values()), *rep.mixing,
+             *curves_of(study)]
+    together = [headline_curves(study), *rep.panels.values(), *rep.supervision.values(), rep.mixing]
     return style(list(dict.fromkeys(order)), labels_of(study), together)
 
 # %% ../nbs/09_report.ipynb #bc5f7ae1
@@ -958,7 +984,7 @@ def _quality_figures(study, t, styles, words):
     "Recognizability against diversity, and the loss against recognizability."
     factors, figures = t.factors, study.path('figures')
     made = study.generate.sources
-    curves = {c.synthetic: n for n, c in curves_of(study).items() if c.synthetic in made and not c.real}
+    curves = {c.synthetic: n for n, c in reversed(curves_of(study).items()) if c.synthetic in made and not c.real}
     have = set(_overall(t.quality).metric) if len(t.quality) else set()
     panels = [(t.quality, curves, e, styles, words) for e in ('real', 'in_domain') if f'recognizability_{e}' in have]
     if 'diversity' in have:
@@ -977,6 +1003,27 @@ def _damage_figure(study, t, styles, words):
     panels = [(t.damage, t.damage_changes, *w, styles, words) for w in wanted]
     _figure(study.path('figures')/'damage.png', plot_damage, panels, width=4, height=3, columns=_columns(len(panels)),
             sharey=True)
+
+def _supervision_figure(study, t, styles, words):
+    "Labels beside captions on the same axes, one row per test set, and what synthetic images add to real ones."
+    shown, tests = study.report.supervision, study.classify.eval.tested
+    if not shown: return
+    both = [n for n, c in curves_of(study).items() if c.captions and c.real and c.synthetic and len(c.sizes) > 1]
+    wide = len(shown)+bool(both)
+    fig, several = axes(wide*len(tests), width=4.2, height=3.3, columns=wide)
+    notes = []
+    for row, test in enumerate(tests):
+        line = several[row*wide:(row+1)*wide]
+        for ax, (title, curves) in zip(line, shown.items()):
+            notes += plot_scaling(ax, t.means, t.of_loss('laws'), test, {c: styles[c] for c in curves}, None, words,
+                                  title)
+            ax.set_xlabel('training images, or captions')
+        for ax in line[1:len(shown)]:
+            ax.sharey(line[0])
+        if both:
+            notes += plot_both(line[-1], t.added_data, both, test, styles, words)
+    legend(fig, notes)
+    save(fig, study.path('figures')/'supervision.png')
 
 def _sample_figure(study, words):
     "Image grids of the sets that params.yaml names."
