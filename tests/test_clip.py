@@ -1,16 +1,21 @@
 "CLIP models: our loop against open_clip's trainer, several processes, kills, pools and arms, bad input."
-import json, os, subprocess, sys
-from pathlib import Path
+import json, shutil, signal, subprocess, sys, time
 import numpy as np
+import pandas as pd
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from clip_parity import CONFIG, WHOLE, run_open_clip, small_csv, small_pairs, tiny_model
-from conftest import ROOT, environment
+from conftest import ROOT, dump, environment, load
+from synthscale.classify import find_point
+from synthscale.clip import point_config, run_pairs
 from synthscale.clip_curves import ClipModelSpec, ClipRecipe
-from synthscale.clip_models import build_clip
-from synthscale.clip_train import pair_stream, train_clip, train_steps
+from synthscale.clip_models import build_clip, load_clip, save_clip
+from synthscale.clip_train import pair_stream, train_steps
+from synthscale.curves import curve_of, curve_points
+from synthscale.params import problems
 from synthscale.recipes import Optimizer, Schedule
-from synthscale.study import StudyError
+from synthscale.smoke import smoke_pairs_study, smoke_params, with_pairs
+from synthscale.study import Study, StudyError
 from synthscale.train import Mix
 
 SPEC = ClipModelSpec(config=CONFIG['model_cfg'], mean=[.5, .5, .5], std=[.5, .5, .5])
@@ -38,9 +43,10 @@ def largest_gap(a, b):
 def test_our_loop_ends_with_the_weights_of_open_clips_trainer_on_the_same_batches(tmp_path, loss):
     "Three epochs of four steps by `open_clip_train.main.main([...])`, whose batches are then given to our loop."
     data = small_csv(tmp_path/'data', small_pairs(64))
-    args = ['--model', tiny_model(tmp_path/'model'), '--train-data', data, '--dataset-type', 'csv', '--batch-size', '16',
-            '--epochs', '3', '--warmup', '3', '--lr', '1e-3', '--wd', '.2', '--beta1', '.9', '--beta2', '.98', '--eps',
-            '1e-6', '--workers', '0', '--seed', '1', '--precision', 'fp32', *WHOLE, *(['--siglip'] if loss == 'siglip' else [])]
+    args = ['--model', tiny_model(tmp_path/'model'), '--train-data', data, '--dataset-type', 'csv', '--workers', '0',
+            '--batch-size', '16', '--epochs', '3', '--warmup', '3', '--lr', '1e-3', '--wd', '.2', '--beta1', '.9',
+            '--beta2', '.98', '--eps', '1e-6', '--seed', '1', '--precision', 'fp32', *WHOLE,
+            *(['--siglip'] if loss == 'siglip' else [])]
     theirs, = run_open_clip(args, tmp_path/'run')
     shown = [b for epoch in theirs.epochs for b in epoch]
     assert len(shown) == 12
@@ -117,7 +123,7 @@ def test_every_pair_is_shown_once_per_pass(n, batch, steps, words, seed, avoid):
     assert not avoid or repeats <= naive
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(8, 40), batch=st.integers(4, 8), steps=st.integers(1, 20), share=st.floats(.2, .8),
+@given(n=st.integers(24, 60), batch=st.integers(4, 8), steps=st.integers(1, 20), share=st.floats(.2, .8),
        seed=st.integers(0, 9))
 def test_each_kind_has_its_share_of_every_batch(n, batch, steps, share, seed):
     "Real and synthetic images of the same captions: passes of their own, and no caption twice where that is possible."
@@ -127,3 +133,159 @@ def test_each_kind_has_its_share_of_every_batch(n, batch, steps, share, seed):
     for kind in (stream[stream < n], stream[stream >= n]-n):
         shown = np.bincount(kind, minlength=n)
         assert shown.max()-shown.min() <= 1
+
+# ---- a study with pairs
+
+@pytest.fixture(scope='module')
+def made():
+    "The smoke study with pairs: sets, models, pools and what was drawn for their captions."
+    return Study(smoke_pairs_study())
+
+@pytest.fixture
+def study(made, tmp_path):
+    "A copy of it to break."
+    shutil.copytree(made.dir, tmp_path/'study', symlinks=True)
+    return Study(tmp_path/'study')
+
+def changed(study, change):
+    "The study with other params.yaml."
+    p = load(study.dir/'params.yaml')
+    change(p)
+    dump(p, study.dir/'params.yaml')
+    return Study(study.dir)
+
+TRAIN = """
+import sys
+from synthscale.clip import run_pairs
+from synthscale.study import Study
+run_pairs(Study(sys.argv[1]), 'pairs_both', workers=1)
+"""
+
+@pytest.mark.slow
+def test_a_curve_that_is_killed_again_and_again_ends_with_the_same_numbers(study):
+    "States are written after every step here, so that each kill falls into a resumed run."
+    whole = run_pairs(study, 'pairs_both', workers=1)
+    kept = {p.name: p.read_bytes() for p in study.path('build', 'points').rglob('*.json')}
+    shutil.rmtree(study.path('build', 'points'))
+    (study.path('runs', 'classify', 'pairs_both', 'points.jsonl')).unlink()
+    env = environment() | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    for seconds in (6, 8, 10):
+        p = subprocess.Popen([sys.executable, '-c', TRAIN, str(study.dir)], env=env, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+    again = run_pairs(study, 'pairs_both', workers=1)
+    drop = ['point']
+    pd.testing.assert_frame_equal(again.drop(columns=drop), whole.drop(columns=drop))
+    for name, old in kept.items():
+        new, before = (json.loads(b) for b in (next(study.path('build', 'points').rglob(name)).read_bytes(), old))
+        assert new['tests'] == before['tests'] and new['retrieval'] == before['retrieval']
+
+def test_the_arms_of_a_pool_have_the_same_captions_at_every_size_and_seed(made):
+    from synthscale.clip import pair_rows
+    both = [p for c in ('pairs_real', 'pairs_drawn', 'pairs_both') for p in curve_points(curve_of(made, c))]
+    found = {}
+    for p in both:
+        captions, arms = pair_rows(made, p)
+        assert len(arms) == bool(p.n_real)+bool(p.n_synthetic) and all(len(at) == len(captions) for *_, at in arms)
+        found.setdefault((max(p.n_real, p.n_synthetic), p.seed), set()).add(tuple(captions))
+    assert all(len(v) == 1 for v in found.values()) and len(found) == 2
+
+def test_both_controls_of_a_mixture_show_what_they_say(made):
+    "As many images as an arm alone, or each real image as often."
+    curves = {c: curve_points(curve_of(made, c))[-1] for c in ('pairs_real', 'pairs_both')}
+    from dataclasses import replace
+    from synthscale.clip import samples_shown
+    alone = samples_shown(made, curves['pairs_real'])
+    assert samples_shown(made, curves['pairs_both']) == alone
+    exposed = replace(curves['pairs_both'], equal_exposures=True)
+    assert samples_shown(made, exposed) == 2*alone       # half of each batch is real
+
+WRONG = [      # what is changed in params.yaml, and what is said of it
+    (lambda p: p['clip']['curves']['pairs_real'].update(captions='word'), "clip.curves.pairs_real.captions is 'word'"),
+    (lambda p: p['clip']['curves']['pairs_real'].update(set='digits'), "clip.curves.pairs_real.set is 'digits'"),
+    (lambda p: p['clip']['curves']['pairs_real'].update(n_pairs=[40, 90]), 'at most 80 pairs'),
+    (lambda p: p['clip']['curves']['pairs_real'].update(recipe='smal'), "clip.curves.pairs_real.recipe is 'smal'"),
+    (lambda p: p['clip'].update(retrieval=['held']), "clip.retrieval is 'held'"),
+    (lambda p: p['clip'].update(retrieval=[], zero_shot=None), 'asked nothing'),
+    (lambda p: p['clip']['zero_shot'].update(names=dict(sixx='6')), "clip.zero_shot.names is 'sixx'"),
+    (lambda p: p['clip']['attributes']['weight'].update(split='tes'), "clip.attributes.weight.split is 'tes'"),
+    (lambda p: p['clip']['pools']['words'].update(split='test', set='digits'), 'clip.pools.words.split'),
+    (lambda p: p['clip']['recipes']['small']['model'].update(name='ViT/B-16'), 'clip.recipes.small.model.name'),
+    (lambda p: p['clip']['recipes']['small'].update(max_cut=2.), 'clip.recipes.small.max_cut'),
+    (lambda p: p['clip']['mixtures']['pairs_both'].update(real_share=1.), 'clip.mixtures.pairs_both.real_share'),
+    (lambda p: p['clip']['curves'].update(digits=p['clip']['curves'].pop('pairs_real')), 'needs its own name'),
+]
+
+@pytest.mark.parametrize('change, says', WRONG, ids=[says[:40] for _, says in WRONG])
+def test_what_is_wrong_in_the_section_clip_is_named_before_anything_runs(change, says):
+    p = with_pairs(smoke_params())
+    assert problems(Study(ROOT, p)) == []
+    change(p)
+    assert says in '\n'.join(problems(Study(ROOT, p)))
+
+BROKEN = [     # curve, what is changed, what is said
+    ('pairs_real', lambda p: p['clip']['recipes']['small'].update(batch_size=64), '40 pairs, and a batch takes 64'),
+    ('pairs_both', lambda p: p['clip']['recipes']['small'].update(batch_size=96), 'expected clip.recipes.small.batch'),
+    ('pairs_real', lambda p: p['clip']['recipes']['small']['model'].update(config={}, name='ViT-B-17'), 'no such arch'),
+    ('pairs_real', lambda p: p['clip']['recipes']['small']['model']['config']['text_cfg'].update(context_length=5),
+     'are longer than the 5 tokens'),
+    ('pairs_real', lambda p: p['clip']['recipes']['small']['model']['config'].update(text_cfg=dict(widht=3)),
+     'open_clip cannot make'),
+    ('pairs_real', lambda p: p['classify']['eval'].update(in_domain_splits=['held_out', 'train']),
+     'are also test images'),
+    ('pairs_real', lambda p: p['clip'].update(retrieval=['val']), 'have no caption'),
+]
+
+@pytest.mark.parametrize('curve, change, says', BROKEN, ids=[says for *_, says in BROKEN])
+def test_nothing_is_trained_on_what_does_not_fit(study, curve, change, says):
+    study = changed(study, change)
+    with pytest.raises(StudyError, match=says):
+        run_pairs(study, curve, workers=1)
+    assert not study.path('runs', 'classify', curve, 'curve.csv').exists()
+
+def test_an_arm_of_another_length_is_refused(study):
+    "Images that are gone from a source, and a pool that grew after its images were drawn."
+    m = pd.read_parquet(study.set_dir('words_g1')/'manifest.parquet')
+    whole = (study.set_dir('words_g1')/'manifest.parquet').read_bytes()
+    m.iloc[:-10].to_parquet(study.set_dir('words_g1')/'manifest.parquet', index=False)
+    with pytest.raises(StudyError, match='words_g1'):
+        run_pairs(study, 'pairs_drawn', workers=1)
+    (study.set_dir('words_g1')/'manifest.parquet').write_bytes(whole)
+    from synthscale.pools import write_pool
+    study = changed(study, lambda p: p['clip']['pools']['words'].update(n=100))
+    write_pool(study, 'words')
+    with pytest.raises(StudyError, match='number of images is 80: expected 100'):
+        run_pairs(study, 'pairs_drawn', workers=1)
+
+def test_what_decides_a_point_decides_its_key(study):
+    "Recipe, what is asked and of which images: each change makes another point; a label in a figure does not."
+    point = curve_points(curve_of(study, 'pairs_real'))[0]
+    first = point_config(study, point)
+    assert point_config(changed(study, lambda p: p['report'].update(labels=dict(pairs_real='x'))), point) == first
+    for change in (lambda p: p['clip']['recipes']['small'].update(repeats='count'),
+                   lambda p: p['clip']['zero_shot'].update(templates=['{}']),
+                   lambda p: p['clip'].update(retrieval=[]),
+                   lambda p: p['clip']['attributes']['weight'].update(templates=['{}']),
+                   lambda p: p['study'].update(seed=1)):
+        other = changed(study, change)
+        assert point_config(other, point) != first
+        assert find_point(other, point_config(other, point)) is None
+
+def test_the_weights_of_another_model_are_refused(tmp_path):
+    "The kinds: other widths, a bias that is not there, a file that is none, a description that is none."
+    m = build_clip(SPEC, 16, 3, 0)
+    save_clip(tmp_path/'a', m, SPEC)
+    assert load_clip(tmp_path/'a').size == 16
+    narrow = ClipModelSpec(config=CONFIG['model_cfg'] | dict(embed_dim=24))
+    for other in (build_clip(narrow, 16, 3, 0), build_clip(SPEC, 16, 3, 0, 'siglip')):
+        save_clip(tmp_path/'b', other, SPEC)
+        shutil.copy(tmp_path/'a'/'synthscale.json', tmp_path/'b')
+        with pytest.raises(StudyError, match='the weights of another model'):
+            load_clip(tmp_path/'b')
+    (tmp_path/'a'/'open_clip_model.safetensors').write_bytes(b'x')
+    with pytest.raises(StudyError, match='the weights of another model'):
+        load_clip(tmp_path/'a')
+    (tmp_path/'a'/'synthscale.json').write_text('{}')
+    with pytest.raises(StudyError, match='not the description'):
+        load_clip(tmp_path/'a')

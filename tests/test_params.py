@@ -12,15 +12,17 @@ NAMED = {     # sections whose keys the user chooses
     ('models',), ('evaluators',), ('prompts', 'words'), ('prompts', 'words', 'description'), ('prompts', 'sets'),
     ('generate', 'sources'), ('laws', 'model_selection'), ('data', 'sets'), ('quality', 'sets'), ('classify', 'curves'),
     ('classify', 'mixtures'), ('report', 'labels'), ('report', 'panels'), ('recipes',), ('study', 'seed_names'),
-    ('prompts', 'written'), ('prompts', 'captions'), ('prompts', 'also_named')}
-CLASSES = ('rare', 'mislabelled')      # dicts by class in a set's damage
+    ('prompts', 'written'), ('prompts', 'captions'), ('prompts', 'also_named'), ('report', 'supervision'),
+    *(('clip', k) for k in ('pools', 'recipes', 'curves', 'mixtures', 'attributes', 'gaps'))}
+FREE = ('splits', 'fill', 'kwargs', 'transform', 'config', 'text_cfg', 'values', 'x', 'fit_range',
+        'rare', 'mislabelled')         # dicts whose keys others choose, e.g. classes in a set's damage
 
 def study(data):
     return Study(ROOT, data)
 
 def sections(d, path=()):
     "Paths of the dicts in params.yaml whose keys are fixed."
-    if path not in NAMED and path[-1:] not in [(k,) for k in ('splits', 'fill', 'kwargs', 'transform', *CLASSES)]:
+    if path not in NAMED and path[-1:] not in [(k,) for k in FREE]:
         yield path
     for k, v in d.items():
         if isinstance(v, dict):
@@ -219,6 +221,7 @@ def test_sections_may_be_left_out():
     "A study of sets and curves alone: no models, sources, evaluators, laws or report."
     d = {k: GOOD[k] for k in ('study', 'data', 'recipes')}
     d['classify'] = {k: v for k, v in GOOD['classify'].items() if k != 'mixtures'}
+    d['classify'] |= dict(curves={n: c for n, c in d['classify']['curves'].items() if c['set'] in d['data']['sets']})
     assert problems(study(d)) == []
     r = resolved(study(d))
     assert r['laws']['fit_range'] == {'mnist': [10, 3200], 'rendered': [50, 3200], 'shuffled': [50, 1600],
