@@ -16,13 +16,14 @@ DECLARED = [p for p in STUDIES if Study(p).laws.declared]
 def git(*args):
     return subprocess.run(['git', '-C', str(ROOT), *args], capture_output=True, text=True)
 
+@pytest.mark.parametrize('section', ['laws', 'clip'])
 @pytest.mark.parametrize('folder', DECLARED, ids=lambda p: p.name)
-def test_the_commit_that_params_yaml_names_declares_what_is_compared_and_changes_no_table(folder):
-    commit = Study(folder).laws.declared
+def test_the_commit_that_params_yaml_names_declares_what_is_compared_and_changes_no_table(folder, section):
+    commit, primary = (getattr(getattr(Study(folder), section), k) for k in ('declared', 'primary'))
+    if not commit: pytest.skip(f'this study declares nothing under {section}')
     if git('cat-file', '-e', commit).returncode:
         pytest.skip('git does not have the commit here (a shallow clone?)')
-    assert declared_as_now(folder, commit) is True
-    primary = Study(folder).laws.primary
+    assert declared_as_now(folder, commit, section) is True
     assert primary
     then = git('show', f'{commit}:results/curves.csv').stdout          # of the study before, or none
     assert not {c for p in primary for c in sum(p.curves, [])} & {line.split(',')[2] for line in then.splitlines()}
@@ -40,8 +41,11 @@ def test_a_declaration_that_was_changed_later_is_found(tmp_path):
     text = (DECLARED[0]/'params.yaml').read_text()
     first = write('params.yaml', text)
     assert declared_as_now(tmp_path, first) is True
-    second = write('params.yaml', text.replace('expected: lower', 'expected: differ', 1))
-    assert declared_as_now(tmp_path, first) is False and declared_as_now(tmp_path, second) is True
+    for section in ('laws', 'clip'):
+        head, _, body = text.partition(f'\n{section}:')
+        second = write('params.yaml', f"{head}\n{section}:{body.replace('expected: lower', 'expected: differ', 1)}")
+        assert declared_as_now(tmp_path, first, section) is False
+        assert declared_as_now(tmp_path, second, section) is True
     assert declared_as_now(tmp_path, '0'*40) is None
 
 @pytest.mark.parametrize('verdict, above, expected, found', [
@@ -52,9 +56,13 @@ def test_a_declaration_that_was_changed_later_is_found(tmp_path):
 def test_outcomes(verdict, above, expected, found):
     assert outcome(verdict, above, expected) == found
 
-@pytest.mark.parametrize('folder', [p for p in DECLARED if (p/'results'/'primary.csv').exists()], ids=lambda p: p.name)
-def test_every_claim_has_its_row(folder):
-    declared, table = Study(folder).laws.primary, pd.read_csv(folder/'results'/'primary.csv')
+FILES = dict(laws='primary.csv', clip='clip_primary.csv')
+TABLES = [(p, section, file) for p in DECLARED for section, file in FILES.items()
+          if getattr(Study(p), section).primary and (p/'results'/file).exists()]
+
+@pytest.mark.parametrize('folder, section, file', TABLES, ids=lambda p: getattr(p, 'name', p))
+def test_every_claim_has_its_row(folder, section, file):
+    declared, table = getattr(Study(folder), section).primary, pd.read_csv(folder/'results'/file)
     claims = claims_table(declared, table)
     assert list(claims.claim) == [p.claim for p in declared if p.claim]
     assert len(declared) <= 8 and np.allclose(table.p_holm, holm(table.p))

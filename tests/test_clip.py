@@ -5,7 +5,7 @@ import pandas as pd
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from clip_parity import CONFIG, WHOLE, run_open_clip, small_csv, small_pairs, tiny_model
-from conftest import ROOT, dump, environment, load
+from conftest import ROOT, dump, edit, environment, forget, load, ran, sh
 from synthscale.classify import find_point
 from synthscale.clip import point_config, run_pairs
 from synthscale.clip_curves import ClipModelSpec, ClipRecipe
@@ -289,3 +289,33 @@ def test_the_weights_of_another_model_are_refused(tmp_path):
     (tmp_path/'a'/'synthscale.json').write_text('{}')
     with pytest.raises(StudyError, match='not the description'):
         load_clip(tmp_path/'a')
+
+@pytest.mark.slow
+def test_pairs_in_the_pipeline(repo):
+    "Pool, source and arms are stages; their rows are in the tables of the study; what was run is found again."
+    section = with_pairs(smoke_params())
+    def add(p):
+        p['clip'] = section['clip'] | dict(retrieval=[], attributes={})
+        source = {k: v for k, v in section['generate']['sources']['words_g1'].items() if k != 'curve'}
+        p['generate']['sources']['words_g1'] = source
+        p['laws'] |= dict(x=dict(pairs_both='n_real'), fit_range=dict(pairs_both=[40, 80]))
+        p['laws']['compare'].append(['pairs_real', 'pairs_drawn'])
+        p['report']['supervision'] = dict(labels=['digits'], captions=['pairs_real', 'pairs_drawn', 'pairs_both'])
+    edit(repo, add)
+    made = ran(sh('dvc repro', repo))
+    assert made == {'prepare', 'pools@words', 'generate@words_g1', 'quality_sources@words_g1',
+                    'classify_sources@words_g1', 'clip@pairs_real', 'clip@pairs_drawn', 'clip_mixtures@pairs_both',
+                    'results', 'laws', 'report'}
+    assert ran(sh('dvc repro', repo)) == set()
+    for table, column in (('curves', 'curve'), ('laws', 'curve'), ('comparisons', 'a'), ('pairs', 'curve')):
+        assert 'pairs_real' in set(pd.read_csv(repo/'results'/f'{table}.csv')[column]), table
+    assert (repo/'figures'/'supervision.png').exists()
+    shutil.rmtree(repo/'build'/'points')
+    forget(repo, {'clip', 'clip_mixtures'})
+    out = sh('dvc repro', repo)
+    assert {'clip@pairs_real', 'clip_mixtures@pairs_both'} <= ran(out) and 'laws' not in ran(out)
+    edit(repo, lambda p: p['clip']['curves'].pop('pairs_drawn') and p['laws']['compare'].pop()
+         and p['report']['supervision']['captions'].remove('pairs_drawn'))
+    sh('dvc repro', repo)
+    assert not (repo/'runs'/'classify'/'pairs_drawn').exists()
+    assert 'pairs_drawn' not in set(pd.read_csv(repo/'results'/'curves.csv').curve)
