@@ -10,6 +10,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'synthscale.analysis._Asked': ('analysis.html#_asked', 'synthscale/analysis.py'),
                                      'synthscale.analysis._Asked.__init__': ('analysis.html#_asked.__init__', 'synthscale/analysis.py'),
                                      'synthscale.analysis._Asked.plot': ('analysis.html#_asked.plot', 'synthscale/analysis.py'),
+                                     'synthscale.analysis._gap_claims': ('analysis.html#_gap_claims', 'synthscale/analysis.py'),
                                      'synthscale.analysis._primary_of': ('analysis.html#_primary_of', 'synthscale/analysis.py'),
                                      'synthscale.analysis.ask': ('analysis.html#ask', 'synthscale/analysis.py'),
                                      'synthscale.analysis.claims': ('analysis.html#claims', 'synthscale/analysis.py'),

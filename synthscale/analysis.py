@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 from .laws import fit_ranges, fit_table, measured, with_n
-from .primary import claims_table
+from .primary import CLAIMS, claims_table, outcome
 from .report import METRICS, Words, axes, labels_of, legend, plot_scaling, study_styles
 from .results import read_curves, summary
 from .study import Study, StudyError, nearest
@@ -109,37 +109,53 @@ def ask(analysis: Analysis,   # of a study
 
 # %% ../nbs/09a_analysis.ipynb #6bdd5470
 def declared_as_now(folder,            # of the study
-                    commit: str        # that declared the primary comparisons
+                    commit: str,       # that declared the primary comparisons
+                    section: str = 'laws'    # or clip
                    ) -> bool:          # None where git cannot say
     """Whether params.yaml of that commit declares the same primary comparisons as today's, claims and all: some
-    params.yaml of it, as a study may have moved since."""
+    params.yaml of it, as a study may have moved since. Those about CLIP are in a section and a commit of their own."""
     def git(*args):
         return subprocess.run(['git', '-C', str(folder), *args], capture_output=True, text=True)
     listed = git('ls-tree', '-r', '--name-only', '--full-tree', commit)
     if listed.returncode: return None
-    now = Study(folder).laws.primary
+    now = getattr(Study(folder), section).primary
     for path in (p for p in listed.stdout.splitlines() if p.endswith('params.yaml')):
         then = git('show', f'{commit}:{path}').stdout
-        if _primary_of(then) == now: return True
+        if _primary_of(then, section) == now: return True
     return False
 
-def _primary_of(text):
+def _primary_of(text, section):
     "The declared comparisons in the text of a params.yaml; none where it is no such text."
     from pydantic import TypeAdapter, ValidationError
     from ruamel.yaml import YAML, YAMLError
     from synthscale.primary import PrimaryComparison
     try:
-        found = (YAML(typ='safe').load(text) or {}).get('laws', {}).get('primary', [])
+        found = (YAML(typ='safe').load(text) or {}).get(section, {}).get('primary', [])
         return TypeAdapter(list[PrimaryComparison]).validate_python(found)
     except (YAMLError, ValidationError, AttributeError):
         return None
 
 # %% ../nbs/09a_analysis.ipynb #67f5ad3e
+def _gap_claims(gaps, table):
+    "The claims about gaps under labels and under captions, as rows of `claims_table`."
+    rows, t = [], table[table.supervision == 'labels - captions']
+    for r in (r for r in t.itertuples() if gaps[r.name].claim):
+        g = gaps[r.name]
+        found = outcome(r.verdict, r.gap > 0, g.expected)
+        rows.append([g.claim, 'gap of k under labels - under captions', f'{r.n_lo:g} to {r.n_hi:g}', r.test_set,
+                     r.metric, r.gap, r.ci_lo, r.ci_hi, r.covers, r.p_holm, found])
+    return pd.DataFrame(rows, columns=CLAIMS)
+
 def claims(analysis: Analysis,  # of a study
            untested=()          # claims that nothing in it was made for
           ) -> str:             # Markdown
-    "The claims with what was found, as Markdown."
-    t = claims_table(analysis.study.laws.primary, analysis.primary, untested)
+    "The claims with what was found, as Markdown; those about CLIP, which were declared later, after the others."
+    study, tables = analysis.study, []
+    if study.clip.primary:
+        tables.append(claims_table(study.clip.primary, analysis.clip_primary))
+    if study.clip.gaps:
+        tables.append(_gap_claims(study.clip.gaps, analysis.clip_gaps))
+    t = pd.concat([claims_table(study.laws.primary, analysis.primary, untested), *tables], ignore_index=True)
     return words(t, claim=lambda r: r.claim, compared=lambda r: r.comparison,
                  images=lambda r: r.n, test=lambda r: analysis.labels.get(r.test_set, r.test_set),
                  found=lambda r: with_interval(r) if np.isfinite(r.estimate) else '',

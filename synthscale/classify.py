@@ -317,7 +317,8 @@ def _worker(study_dir, point: tuple, parent: int):
 
 def _jobs(study, todo, workers):
     "The results of points that are to be trained, as they come."
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: return ((astuple(p), _trainer(p).run_point(study.dir, p)) for p in todo)
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        return ((astuple(p), _trainer(p).run_point(study.dir, p)) for p in todo)
     from synthscale.classify import _worker as exported
     work = delayed(_worker if workers == 1 else exported)
     pool = Parallel(n_jobs=usable_processes(workers), return_as='generator_unordered', pre_dispatch='2*n_jobs',
@@ -429,7 +430,7 @@ def compute_check(study: Study,  # the study
                   done: dict     # Point -> record
                  ) -> pd.DataFrame:     # one row per point, test set, seed and loss
     "The losses of the points that are checked, as trained and trained twice as long."
-    rows, times = [], curve_of(study, curve).train_multiplier
+    rows, times = [], curve_of(study, curve).train_multiplier if done else 1      # a source may have no curve
     for p in [p for p in done if p.train_multiplier == 2*times]:
         once, base = done[replace(p, train_multiplier=times)], dict(curve=curve) | _point_keys(p)
         base |= dict(mean='rebuilt' in done[p]['made'])

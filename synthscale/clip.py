@@ -5,11 +5,10 @@
 # %% ../nbs/06e_clip.ipynb #652d39f8
 from __future__ import annotations
 import functools, json, platform, re, shutil, time
-from pathlib import Path
 import numpy as np
 import pandas as pd
-from .classify import (digest, environment_of, find_point, point_file, processor, sealed, split_of, split_rows,
-                                 train_curve, write_curve)
+from .classify import (digest, environment_of, find_point, point_file, processor, sealed, split_of,
+                                 split_rows, train_curve, write_curve)
 from .clip_curves import Attribute, pair_samples
 from .curves import Point, curve_of, curve_points
 from .pools import caption_lines, pool_images, pool_order, pool_spec, read_pool
@@ -42,7 +41,8 @@ def _arm(folder, pool, name, stamp):
 
 def _stamp(study, pool, name):
     "What a pool and a set are read again for."
-    files = study.path('runs', 'prompts', f'{pool}.csv'), study.set_dir(name)/'manifest.parquet', study.path('params.yaml')
+    files = (study.path('runs', 'prompts', f'{pool}.csv'), study.set_dir(name)/'manifest.parquet',
+             study.path('params.yaml'))
     return tuple(f.stat().st_mtime_ns if f.exists() else 0 for f in files)
 
 def pair_rows(study: Study,  # the study
@@ -262,6 +262,7 @@ def check_curve(study: Study,  # the study
                              f"{file_names(leak).iloc[0]} (split {tested[leak.sha256.iloc[0]]!r})")
     return c
 
+# %% ../nbs/06e_clip.ipynb #1d44d345
 def _keys(p):
     "The columns about the images of a point."
     return dict(train_sets=p.train_sets, n_images=p.n_images, n_real=p.n_real, n_synthetic=p.n_synthetic, seed=p.seed)
@@ -298,7 +299,8 @@ def pair_table(curve: str,    # name of the curve
                       n=found['n_images' if k.startswith('text_to') else 'n_texts']) for k, v in numbers.items()]
     for name, found in record['attributes'].items():
         rows += [dict(base, task=f'attribute: {name}', split='', metric=k, value=found[k],
-                      stderr=found['stderr'].get(k), n=found['n_test']) for k in ('top1', 'mean_per_class_recall', 'loss')]
+                      stderr=found['stderr'].get(k), n=found['n_test'])
+                 for k in ('top1', 'mean_per_class_recall', 'loss')]
     rows += [dict(base, task='training', split='', metric=k, value=v, stderr=None, n=record['config']['samples_seen'])
              for k, v in sorted(record['shown'].items())]
     return rows

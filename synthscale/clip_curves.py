@@ -11,7 +11,7 @@ from .curves import CurveSpec, Point, is_synthetic
 from .pools import PoolSpec
 from .primary import PrimaryComparison
 from .recipes import Arch, Augment, Optimizer, Schedule
-from .study import Count, Ident, Key, Positive, Rate, Section, Study, StudyError
+from .study import Ident, Key, Positive, Rate, Section, Study, StudyError
 
 # %% auto #0
 __all__ = ['ClipModelSpec', 'ClipRecipe', 'ZeroShot', 'Attribute', 'ClipCurve', 'ClipMixture', 'Gap', 'ClipSection',
@@ -77,8 +77,8 @@ class ZeroShot(Section):
 class Attribute(Section):
     "Something that captions say of images beside their class."
     split: Ident                     # of classify.eval
-    values: Annotated[dict[str, list[str]], Field(min_length=2)]       # value -> words in a caption that state it; none:
-                                     # it is meant where a caption states an attribute and no other value of it
+    values: Annotated[dict[str, list[str]], Field(min_length=2)]       # value -> words in a caption that state it;
+                                     # none: it is meant where a caption has a word of `stated` and no other value
     stated: list[str] = []           # words of which a caption has one where it states the attribute; empty: those of
                                      # the values
     templates: list[str]             # with {} for the value, and {name} for the class, over which is averaged

@@ -204,11 +204,12 @@ def _transformed(images, stream, m, seed, start, device, workers=2):
     for x in loader:
         yield x[:, :m.channels].to(device, non_blocking=True)
 
+# %% ../nbs/06c_clip_train.ipynb #b7839382
 def train_steps(m: ClipModel,        # trained in place
                 recipe: ClipRecipe,  # how to train
                 steps: int,          # of the whole run
                 seed: int,           # of all that is random
-                batches,             # first step -> function of a step and its generator: images, tokens of this process
+                batches,             # first step -> (step, generator) -> images and tokens of this process
                 state=None,          # file for the state of a run that may be killed
                 every: float = 60.,  # seconds between two states
                 acc=None,            # accelerator; None: made here
@@ -248,6 +249,7 @@ def _batches(m, images, texts, stream, recipe, seed, acc):
         return batch
     return begin
 
+# %% ../nbs/06c_clip_train.ipynb #f924e305
 def train_clip(m: ClipModel,         # trained in place
                images,               # uint8, n x h x w x c, or anything with images[i]; one kind after the other
                captions: list,       # of each image

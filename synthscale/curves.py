@@ -118,7 +118,7 @@ class CurveSpec:
 
     @property
     def sizes(self) -> list:
-        "The (n_real, n_synthetic) pairs of the grid, smallest total first; of pairs, each caption has an image of each."
+        "The (n_real, n_synthetic) of the grid, smallest total first; captions of pairs have an image of each kind."
         if self.captions and self.real and self.synthetic: return sorted(set(zip(self.n_real, self.n_synthetic)))
         return sorted({(r, s) for r in self.n_real for s in self.n_synthetic}, key=lambda p: (sum(p), p))
 
@@ -209,7 +209,8 @@ def curve_points(c: CurveSpec,              # the curve
     def at(size, seed, times):
         mixed = (c.real_share, c.synthetic_weight) if all(size) else (None, 1.)
         equal = c.equal_exposures and all(size)
-        return Point(c.recipe, c.real, c.synthetic, *size, seed, times*c.train_multiplier, *mixed, c.balance, equal, c.captions)
+        return Point(c.recipe, c.real, c.synthetic, *size, seed, times*c.train_multiplier, *mixed, c.balance, equal,
+                     c.captions)
     most = c.seeds if compute_seeds is None else compute_seeds
     once = [at(s, k, 1) for s in c.sizes for k in range(c.seeds_at(s))]
     return once + [at(s, k, 2) for s in checked_sizes(c) for k in range(min(c.seeds_at(s), most))]

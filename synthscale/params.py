@@ -604,7 +604,8 @@ def problems(study: Study    # as read, not yet checked
         c = _Checks(study)
         check(c)
         found += c.found
-        if c.found and check in (_check_sets, _check_filters, _check_pairs, _check_curves): break      # what follows builds on these
+        builds = (_check_sets, _check_filters, _check_pairs, _check_curves)      # what follows builds on these
+        if c.found and check in builds: break
     return list(dict.fromkeys(found))
 
 def check_study(study: Study    # as read
@@ -652,7 +653,8 @@ def resolved(study: Study    # checked
     every = curves_of(study)
     curves = {n: _dump(c) | dict(recipe_name=c.recipe, recipe=recipes[c.recipe])
               for n, c in every.items() if not c.captions}
-    out['classify'] |= {'curves': curves}
+    without = {n: {} for n in study.generate.sources if n not in every}      # their stages ask for it, too
+    out['classify'] |= {'curves': curves | without}
     out['clip'] = _clip_dump(study, {n: c for n, c in every.items() if c.captions})
     for key in ('mixtures', 'recipe', 'seeds', 'one_seed_above', 'balance'):
         del out['classify'][key]

@@ -58,7 +58,8 @@ def pool_table(study: Study,   # the study
         check_subset(spec.set, counts[counts > 0], spec.n)
     m = m.iloc[balanced_order(m.label, study.seed('pool', name))[:spec.n]]
     lines = _captioned(m, f'set {spec.set!r}, split {spec.split!r}')
-    out = m[['class', 'label', 'key']].assign(prompt=[found[0] for found in lines], captions=list(map('\n'.join, lines)),
+    out = m[['class', 'label', 'key']].assign(prompt=[found[0] for found in lines],
+                                              captions=list(map('\n'.join, lines)),
                                               origin=[f'{spec.set}/{k}' for k in m.key])
     return out[_COLUMNS].reset_index(drop=True)
 

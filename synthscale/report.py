@@ -872,7 +872,8 @@ def cost_table(study: Study         # the study
     rows = []
     for p in sorted(study.path('runs', 'costs').glob('*.json')):
         stage, _, name = p.stem.partition('-')
-        points = _points_cost(study.path('runs', 'classify', name, 'points.jsonl')) if stage == 'classify' else np.nan
+        trained = stage in ('classify', 'clip')
+        points = _points_cost(study.path('runs', 'classify', name, 'points.jsonl')) if trained else np.nan
         rows.append(dict(json.loads(p.read_text()), stage=stage, name=name, points_cpu_s=points))
     return pd.DataFrame(rows, columns=_COSTS)
 

@@ -22,8 +22,8 @@ __all__ = ['NEEDED', 'DEFAULTS', 'KEYS', 'PAIRS', 'read_table', 'raw_curves', 'r
 NEEDED = ['curve', 'n_images', 'value']
 DEFAULTS = dict(seed=0, test_set='test', metric='loss')
 KEYS = ['curve', 'n_images', 'n_real', 'n_synthetic', 'seed', 'test_set', 'metric']     # what a row is of
-PAIRS = ['curve', 'train_sets', 'n_images', 'n_real', 'n_synthetic', 'seed', 'task', 'split', 'metric', 'value', 'stderr',
-         'n', 'point']           # columns of pairs.csv: what else CLIP models were asked, and what they were shown
+PAIRS = ['curve', 'train_sets', 'n_images', 'n_real', 'n_synthetic', 'seed', 'task', 'split', 'metric', 'value',
+         'stderr', 'n', 'point']     # columns of pairs.csv: what else CLIP models were asked, what they were shown
 _WORDS = ['curve', 'test_set', 'metric']              # text, also where it looks like a number or like NA
 _MISSING = ['', 'NA', 'N/A', 'nan', 'NaN', 'null', 'None', '#N/A']
 
@@ -315,6 +315,7 @@ def collect(study: Study   # the study
     curves, scored = list(curves_of(study)), list(scored_sets(study))
     trained = dict.fromkeys([*curves, *_sources(study)])
     prune(study.path('runs', 'classify'), trained)
+    prune(study.path('runs', 'clip'), trained)
     prune(study.path('runs', 'quality'), scored)
     prune(study.path('runs', 'data'), study.sets)
     own = {k: list(study.raw.get(k, {})) for k in ('models', 'evaluators', 'filters', 'merged')}

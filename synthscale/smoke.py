@@ -242,8 +242,8 @@ def run_smoke(study: Study,  # the study
 
 # %% ../nbs/00b_smoke.ipynb #5fefc57f
 @functools.cache
-def smoke_study(*stages    # of data, models, prompts, pools, generate, evaluators, filters, merged, quality, classify, clip,
-                           # results and laws: run them, in this order; 'all' means the first eight
+def smoke_study(*stages    # of data, models, prompts, pools, generate, evaluators, filters, merged, quality, classify,
+                           # clip, results and laws: run them, in this order; 'all' means the first eight
                ) -> str:   # the study's folder
     "Make the smoke study in a temporary folder and run the given stages in this process; once per process."
     return _small_study(smoke_params(), stages)

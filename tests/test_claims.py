@@ -20,7 +20,8 @@ def git(*args):
 @pytest.mark.parametrize('folder', DECLARED, ids=lambda p: p.name)
 def test_the_commit_that_params_yaml_names_declares_what_is_compared_and_changes_no_table(folder, section):
     commit, primary = (getattr(getattr(Study(folder), section), k) for k in ('declared', 'primary'))
-    if not commit: pytest.skip(f'this study declares nothing under {section}')
+    if not commit:
+        pytest.skip(f'this study declares nothing under {section}')
     if git('cat-file', '-e', commit).returncode:
         pytest.skip('git does not have the commit here (a shallow clone?)')
     assert declared_as_now(folder, commit, section) is True
