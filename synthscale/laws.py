@@ -695,6 +695,7 @@ def fit_study(study: Study   # the study
         write_csv(study.path('results', f'{name}.csv'), t)
     return laws
 
+# %% ../nbs/08_laws.ipynb #c2788e14
 def _study_relations(study, loss, per_class, quality):
     "What goes with the losses of the sources and of their classes (those of classes are not calibrated)."
     classes = positive(per_class[per_class.metric == 'loss'])

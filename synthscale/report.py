@@ -1006,15 +1006,13 @@ def _damage_figure(study, t, styles, words):
             sharey=True)
 
 def _supervision_figure(study, t, styles, words):
-    "Labels beside captions on the same axes, one row per test set, and what synthetic images add to real ones."
+    "Labels beside captions on the same axes, and what synthetic images add to real ones; a figure per test set."
     shown, tests = study.report.supervision, study.classify.eval.tested
     if not shown: return
     both = [n for n, c in curves_of(study).items() if c.captions and c.real and c.synthetic and len(c.sizes) > 1]
-    wide = len(shown)+bool(both)
-    fig, several = axes(wide*len(tests), width=4.2, height=3.3, columns=wide)
-    notes = []
-    for row, test in enumerate(tests):
-        line = several[row*wide:(row+1)*wide]
+    for test in tests:
+        fig, line = axes(len(shown)+bool(both), width=4.2, height=3.3)
+        notes = []
         for ax, (title, curves) in zip(line, shown.items()):
             notes += plot_scaling(ax, t.means, t.of_loss('laws'), test, {c: styles[c] for c in curves}, None, words,
                                   title)
@@ -1023,8 +1021,8 @@ def _supervision_figure(study, t, styles, words):
             ax.sharey(line[0])
         if both:
             notes += plot_both(line[-1], t.added_data, both, test, styles, words)
-    legend(fig, notes)
-    save(fig, study.path('figures')/'supervision.png')
+        legend(fig, notes)
+        save(fig, study.path('figures')/f'supervision_{test}.png')
 
 def _sample_figure(study, words):
     "Image grids of the sets that params.yaml names."
