@@ -87,13 +87,13 @@ class ClipCurve(Section):
     "A curve of pairs whose images are of one set."
     captions: Ident                  # under clip.pools
     set: Ident                       # the set of the pool itself, or a source that was generated from the pool
-    n_pairs: Annotated[list[Positive], Field(min_length=1)]
+    n_pairs: Annotated[list[Positive], Field(min_length=1)]      # sizes of the curve
     seeds: Union[Positive, None] = None        # null: clip.seeds
     recipe: Union[Ident, None] = None          # under clip.recipes; null: clip.recipe
 
 class ClipMixture(Section):
     "A curve of captions each of which has a real and a synthetic image."
-    captions: Ident
+    captions: Ident                  # under clip.pools
     real: Ident
     synthetic: Ident
     n_pairs: Annotated[list[Positive], Field(min_length=1)]      # captions
