@@ -21,8 +21,8 @@ from .study import Study, StudyError, die_with_parent, nearest, write_atomic, wr
 __all__ = ['KEYS', 'split_of', 'split_rows', 'order_seeds', 'training_rows', 'training_images', 'digest', 'samples_shown',
            'point_config', 'versions', 'processor', 'environment_of', 'sealed', 'read_record', 'point_file',
            'bring_points', 'find_point', 'run_point', 'check_curve', 'usable_processes', 'run_points', 'point_range',
-           'some_points', 'point_rows', 'class_rows', 'compute_check', 'version_note', 'write_points', 'run_curve',
-           'train_curve', 'write_curve']
+           'some_points', 'point_keys', 'point_rows', 'measured_rows', 'class_rows', 'compute_check', 'version_note',
+           'write_points', 'run_curve', 'train_curve', 'write_curve']
 
 # %% ../nbs/06_classify.ipynb #d4953f60
 # Share of the free memory that the decoded images of one split may take, divided by the workers; more stays in shards.
@@ -384,7 +384,8 @@ _VALUES = ['metric', 'value', 'stderr', 'n_test', 'samples_seen', 'point', 'envi
 _CLASS_COLUMNS = ['curve', 'train_sets', 'n_images', 'n_real', 'n_synthetic', 'seed', 'test_set', 'metric', 'value',
                   'n_test', 'class']
 
-def _point_keys(p):
+def point_keys(p: Point    # of a curve
+              ) -> dict:
     "The columns about the images of a point."
     return dict(train_sets=p.train_sets, n_images=p.n_images, n_real=p.n_real, n_synthetic=p.n_synthetic, seed=p.seed)
 
@@ -394,12 +395,22 @@ def point_rows(study: Study,  # the study
                record: dict   # as run_point gives it
               ) -> list:
     "The rows of one point: every metric on every test set, with the standard error from the number of test images."
-    arch = study.recipes[p.recipe].arch.name
-    base = dict(study=study.study.name, task='classify', curve=curve, recipe=p.recipe, arch=arch) | _point_keys(p)
+    return measured_rows(study, curve, p, record, 'classify', study.recipes[p.recipe].arch.name)
+
+def measured_rows(study: Study,  # the study
+                  curve: str,    # name of the curve
+                  p: Point,      # the point
+                  record: dict,  # with what was measured on each test set under `tests`
+                  task: str,     # classify or clip
+                  arch: str      # name of the architecture
+                 ) -> list:
+    "The rows of curves.csv of one point, whatever was trained."
+    base = dict(study=study.study.name, task=task, curve=curve, recipe=p.recipe, arch=arch) | point_keys(p)
     tail = dict(samples_seen=record['config']['samples_seen'], point=record['key'][:12],
                 environment=environment_of(record))
+    tests = [(t, _with_recall(record['tests'][t])) for t in study.classify.eval.every if t in record['tests']]
     return [dict(base, test_set=t, metric=k, value=m[k], stderr=m['stderr'].get(k), n_test=m['n_test'], **tail)
-            for t in study.classify.eval.every for m in [_with_recall(record['tests'][t])] for k in METRICS]
+            for t, m in tests for k in METRICS]
 
 def _with_recall(m):
     "The measurements of a split; in a record from before it was one of them, mean per-class recall is worked out."
@@ -413,7 +424,7 @@ def class_rows(study: Study,  # the study
                record: dict   # as run_point gives it
               ) -> list:
     "The per-class rows of one point: recall and loss of the classes that a test set has."
-    base, rows = dict(curve=curve) | _point_keys(p), []
+    base, rows = dict(curve=curve) | point_keys(p), []
     for t, m in record['tests'].items():
         for i, name in enumerate(study.study.classes):
             if not m['class_n'][i]: continue
@@ -432,7 +443,7 @@ def compute_check(study: Study,  # the study
     "The losses of the points that are checked, as trained and trained twice as long."
     rows, times = [], curve_of(study, curve).train_multiplier if done else 1      # a source may have no curve
     for p in [p for p in done if p.train_multiplier == 2*times]:
-        once, base = done[replace(p, train_multiplier=times)], dict(curve=curve) | _point_keys(p)
+        once, base = done[replace(p, train_multiplier=times)], dict(curve=curve) | point_keys(p)
         base |= dict(mean='rebuilt' in done[p]['made'])
         rows += [dict(base, test_set=t, metric=k, once=once['tests'][t][k], doubled=m[k])
                  for t, m in done[p]['tests'].items() for k in ('loss', 'loss_calibrated') if k in m]

@@ -7,18 +7,17 @@ from __future__ import annotations
 import functools, json, platform, re, shutil, time
 import numpy as np
 import pandas as pd
-from .classify import (digest, environment_of, find_point, point_file, processor, sealed, split_of,
+from .classify import (digest, find_point, measured_rows, point_file, point_keys, processor, sealed, split_of,
                                  split_rows, train_curve, write_curve)
 from .clip_curves import Attribute, pair_samples
 from .curves import Point, curve_of, curve_points
-from .pools import caption_lines, pool_images, pool_order, pool_spec, read_pool
-from .recipes import METRICS
+from .pools import pool_images, pool_order, pool_spec, read_pool
 from .results import PAIRS
-from .shards import file_names, join, read_manifest
+from .shards import caption_lines, file_names, join, read_manifest
 from .study import Study, StudyError, nearest, write_atomic, write_csv
 
 # %% auto #0
-__all__ = ['ENGINE', 'pair_rows', 'pair_images', 'attribute_labels', 'class_names', 'samples_shown', 'point_config', 'versions',
+__all__ = ['ENGINE', 'pair_rows', 'pair_images', 'attribute_labels', 'names_asked', 'samples_shown', 'point_config', 'versions',
            'measure_clip', 'run_point', 'check_curve', 'clip_rows', 'pair_table', 'run_pairs']
 
 # %% ../nbs/06e_clip.ipynb #e7a48dfb
@@ -96,7 +95,7 @@ def _captioned(study, split):
                          f"{file_names(rows).iloc[none[0]]}; retrieval and attributes need one for each")
     return rows
 
-def class_names(study: Study    # the study
+def names_asked(study: Study    # the study
                ) -> list:
     "What the classes are called to a CLIP model."
     z, classes = study.clip.zero_shot, study.study.classes
@@ -109,7 +108,7 @@ def _asked(study):
     c, e = study.clip, study.classify.eval
     out = dict(retrieval={}, attributes={}, tests={})
     if c.zero_shot:
-        out['zero_shot'] = dict(templates=c.zero_shot.templates, names=class_names(study), within=list(e.within))
+        out['zero_shot'] = dict(templates=c.zero_shot.templates, names=names_asked(study), within=list(e.within))
         rows = {k: split_rows(study, e.set_of(k), k) for k in e.every}
         out['tests'] = {k: digest([r.sha256.tolist(), r.label.tolist()]) for k, r in rows.items()}
     for s in c.retrieval:
@@ -150,7 +149,7 @@ def _classified(study, m):
     from synthscale.zero_shot import class_weights, zero_shot_logits
     e, n = study.classify.eval, len(study.study.classes)
     if not study.clip.zero_shot: return {}
-    weights = class_weights(m, class_names(study), study.clip.zero_shot.templates)
+    weights = class_weights(m, names_asked(study), study.clip.zero_shot.templates)
     outs = {k: zero_shot_logits(m, split_of(study, e.set_of(k), k).images, weights) for k in e.every}
     labels = {k: split_rows(study, e.set_of(k), k).label.to_numpy() for k in e.every}
     scale = temperature(outs[e.validation], labels[e.validation])
@@ -176,7 +175,7 @@ def _attributed(study, m):
         labels = attribute_labels(a, _captioned(study, a.split).caption)
         stated = np.flatnonzero(labels >= 0)
         if not len(stated): raise StudyError(f"clip.attributes.{name}: no caption of split {a.split!r} states it")
-        called = class_names(study) if study.clip.zero_shot else ['']
+        called = names_asked(study) if study.clip.zero_shot else ['']
         templates = list(dict.fromkeys(t.replace('{name}', c) for t in a.templates for c in called))
         weights = class_weights(m, list(a.values), templates)
         images = split_of(study, study.classify.eval.set_of(a.split), a.split).images[stated]
@@ -263,10 +262,6 @@ def check_curve(study: Study,  # the study
     return c
 
 # %% ../nbs/06e_clip.ipynb #1d44d345
-def _keys(p):
-    "The columns about the images of a point."
-    return dict(train_sets=p.train_sets, n_images=p.n_images, n_real=p.n_real, n_synthetic=p.n_synthetic, seed=p.seed)
-
 def _arch(study, recipe):
     "What stands in the column arch."
     spec = study.clip.recipes[recipe].model
@@ -278,12 +273,7 @@ def clip_rows(study: Study,  # the study
               record: dict   # as run_point gives it
              ) -> list:
     "The rows of one point in curves.csv: zero-shot classification on every test set, with the metrics of classifiers."
-    base = dict(study=study.study.name, task='clip', curve=curve, recipe=p.recipe, arch=_arch(study, p.recipe))
-    tail = dict(samples_seen=record['config']['samples_seen'], point=record['key'][:12],
-                environment=environment_of(record))
-    return [base | _keys(p) | dict(test_set=t, metric=k, value=m[k], stderr=m['stderr'].get(k), n_test=m['n_test'],
-                                   **tail)
-            for t, m in record['tests'].items() for k in METRICS]
+    return measured_rows(study, curve, p, record, 'clip', _arch(study, p.recipe))
 
 _COUNTS = ('n_images', 'n_texts', 'n_shared_texts')
 
@@ -292,7 +282,7 @@ def pair_table(curve: str,    # name of the curve
                record: dict   # as run_point gives it
               ) -> list:
     "What else one point gives: retrieval and attributes, n candidates or images of each; and what was shown."
-    base, rows = dict(curve=curve, **_keys(p), point=record['key'][:12]), []
+    base, rows = dict(curve=curve, **point_keys(p), point=record['key'][:12]), []
     for s, found in record['retrieval'].items():
         numbers = {k: v for k, v in sorted(found.items()) if isinstance(v, (int, float)) and k not in _COUNTS}
         rows += [dict(base, task='retrieval', split=s, metric=k, value=v, stderr=found['stderr'].get(k),

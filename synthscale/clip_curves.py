@@ -134,9 +134,8 @@ def clip_curves_of(study: Study    # the study
     if not study.raw.get('clip'): return {}
     s, out = study.clip, {}
     for n, c in s.curves.items():
-        slot = 'synthetic' if is_synthetic(study, c.set) else 'real'
-        if c.set == s.pools[c.captions].set if c.captions in s.pools else False:
-            slot = 'real'            # the pool's own images are the real ones of this comparison
+        own = c.captions in s.pools and c.set == s.pools[c.captions].set       # the real ones of this comparison
+        slot = 'real' if own or not is_synthetic(study, c.set) else 'synthetic'
         out[n] = _pairs(s, c, **{slot: c.set, f'n_{slot}': tuple(c.n_pairs)})
     for n, m in s.mixtures.items():
         alone = [k for k, c in s.curves.items() if (c.captions, c.set) == (m.captions, m.real)]

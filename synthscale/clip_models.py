@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from .clip_curves import ClipModelSpec
 from .recipes import Arch
 from .study import StudyError, nearest, write_atomic
-from .train import create_net
+from .train import centre, create_net
 
 # %% auto #0
 __all__ = ['tower_name', 'ClipModel', 'model_config', 'build_clip', 'pair_macs', 'save_clip', 'load_clip']
@@ -51,9 +51,9 @@ class ClipModel:
     std: tuple
 
     def pixels(self, images) -> torch.Tensor:
-        "uint8 images, n x h x w x c, as the image tower takes them: channels first, normalised, on its device."
+        "uint8 images, n x h x w x c, as the image tower takes them: their centre, channels first, normalised."
         x = torch.tensor(np.asarray(images)).permute(0, 3, 1, 2).to(next(self.net.parameters()).device)
-        return self.normal(x.to(torch.float32)/255)
+        return self.normal(centre(x.to(torch.float32)/255, self.size))
 
     def normal(self, x) -> torch.Tensor:
         "Images from 0 to 1, channels first, normalised; grey ones are repeated for a tower that takes colours."
@@ -89,6 +89,7 @@ def model_config(spec: ClipModelSpec,  # a name or a configuration
 
 def _created(folder, seed, more):
     "What open_clip makes of a folder with a configuration; its log is for no reader of ours."
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):
@@ -97,7 +98,7 @@ def _created(folder, seed, more):
                                          pretrained_text=False, output_dict=True, **more)
         return net, open_clip.get_tokenizer(f'local-dir:{folder}')
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 def build_clip(spec: ClipModelSpec,   # a name or a configuration
                size: int,             # pixels per side of the images

@@ -12,7 +12,8 @@ import torch
 from .clip_curves import ClipRecipe
 from .clip_models import ClipModel
 from .loop import Loop, NotFinite
-from .pools import caption_lines, caption_tokens
+from .pools import cut_captions
+from .shards import caption_lines
 from .study import StudyError, derive_seed
 from .train import Mix, StreamDataset, accelerator, augment, create_optimizer, iter_batches, lr_factor
 
@@ -156,7 +157,7 @@ class Captions:
         self.start = self.count.cumsum(0)-self.count
         self.ids = np.unique(captions, return_inverse=True)[1]
         places = len(m.tokenizer(['a'])[0])
-        longer = caption_tokens(m.tokenizer, texts) > places
+        longer = cut_captions(m.tokenizer, texts)
         self.cut, self.lines = int(longer.sum()), len(texts)
         if self.cut > max_cut*len(texts):
             first = texts[int(np.argmax(longer))]

@@ -616,10 +616,9 @@ _DIFFERENCE = 'labels - captions'
 def gap_contrast(real: pd.DataFrame,       # rows of one curve and test set, with n
                  synthetic: pd.DataFrame,  # of the other
                  by_run=None               # losses of single images, as `image_losses` gives them
-                ) -> Contrast:             # one gap of exponents for each seed that both have
+                ) -> Contrast:             # one gap of exponents for each seed
     "The exponent of real images minus that of synthetic ones."
-    seeds = set(real.seed) & set(synthetic.seed)
-    a, b = (slope_rows(g[g.seed.isin(seeds)]) for g in (real, synthetic))
+    a, b = map(slope_rows, (real, synthetic))
     return run_contrast(pd.concat([a, b.assign(weight=-b.weight)]), by_run)
 
 def _gap(name, gap, t, df, by_run):
@@ -630,7 +629,8 @@ def _gap(name, gap, t, df, by_run):
     if len(sizes) < 2: raise StudyError(f"clip.gaps.{name}: its curves share {len(sizes)} sizes, expected two")
     found, rows = {}, []
     for how, pair in arms.items():
-        pair = [g[g.n.isin(sizes)] for g in pair]
+        seeds = set.intersection(*(set(g.seed) for g in pair))
+        pair = [g[g.n.isin(sizes) & g.seed.isin(seeds)] for g in pair]       # k and gap are of the same runs
         found[how] = gap_contrast(*pair, by_run)
         k = [-fit_line(g.n, g.value).params[1] for g in pair]
         rows.append(dict(supervision=how, real=getattr(gap, how)[0], synthetic=getattr(gap, how)[1], k_real=k[0],

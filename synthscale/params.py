@@ -509,6 +509,10 @@ def _check_pair_sets(c, key, k):
     most = min([n for n in (pool.n, *(source_spec(s, x).n_images for x in (getattr(k, 'set', ''),
                                                                        getattr(k, 'synthetic', ''))
                                       if x in s.generate.sources)) if n], default=None)
+    for name in (n for n in (getattr(k, 'set', ''), getattr(k, 'synthetic', '')) if n in s.generate.sources):
+        drawn, even = source_spec(s, name).n_images, pool.n and pool.n % len(s.study.classes) == 0
+        c.unless(not even or drawn == pool.n, f'generate.sources.{name}.n_images', drawn,
+                 f'{pool.n}, one image for each caption of pool {k.captions!r}')
     c.unless(not most or max(k.n_pairs) <= most, f'{key}.n_pairs', max(k.n_pairs),
              f'at most {most} pairs, which is what its captions and images give')
 

@@ -219,8 +219,8 @@ def caption_tokens(tokenizer,        # of open_clip (SimpleTokenizer, HFTokenize
 
 def cut_captions(tokenizer,       # with context_length, or model_max_length: the tokens that the text encoder reads
                  captions: list   # texts
-                ) -> int:
-    "How many captions are longer than the text encoder reads."
+                ) -> np.ndarray:  # bool
+    "Which captions are longer than the text encoder reads."
     most = getattr(tokenizer, 'context_length', None) or getattr(tokenizer, 'model_max_length', None)
     if not most: raise StudyError(f"tokenizer {type(tokenizer).__name__}: no context_length that says what is read")
-    return int((caption_tokens(tokenizer, captions) > most).sum())
+    return caption_tokens(tokenizer, captions) > most

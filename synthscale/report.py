@@ -406,6 +406,14 @@ def _gains(ax, g, look, apart, full):
     ax.errorbar(g.n_synthetic*apart, g.ratio, _spans(g.ratio, g.ci_lo, g.ci_hi), fillstyle='full' if full else 'bottom',
                 mec=look['color'], markerfacecoloralt='white', capsize=2, ms=6, lw=.8, elinewidth=1, **look)
 
+def _ratio_axes(ax, test_set, words, added):
+    "Logarithmic axes of ratios of losses, with a line where nothing changes."
+    ax.axhline(1, color='.5', lw=1)
+    ax.set(xscale='log', yscale='log', xlabel=added)
+    _upright(ax, f'× {words.loss(test_set)}', '(below 1 helps)')
+    _counts(ax)
+    _plain_ticks(ax)
+
 def plot_mixing(ax,                   # matplotlib axes
                 added: pd.DataFrame,  # rows as in added_data.csv
                 mixing: list,         # names of mixed curves
@@ -422,11 +430,7 @@ def plot_mixing(ax,                   # matplotlib axes
         label = f"{styles[c]['label']}{f', {n_real} real' if several else ''}  /  {against}{_seeds(g.n_seeds, most)}"
         apart = 1.06**(i-(len(series)-1)/2)                      # so that intervals do not hide each other
         _gains(ax, g.sort_values('n_synthetic'), styles[c] | dict(label=label), apart, control == c)
-    ax.axhline(1, color='.5', lw=1)
-    ax.set(xscale='log', yscale='log', xlabel='artificial images added')
-    _upright(ax, f'× {words.loss(test_set)}', '(below 1 helps)')
-    _counts(ax)
-    _plain_ticks(ax)
+    _ratio_axes(ax, test_set, words, 'artificial images added')
     others = ['Half-filled: against the control named after the stroke.'] if (a.against != a.curve).any() else []
     return ['Ratios of pairs of the same seed, with their 95 % intervals.', *others]
 
@@ -446,11 +450,7 @@ def plot_both(ax,                   # matplotlib axes
         look = styles[c] | dict(label=f"{styles[c]['label']}  /  {styles[g.against.iloc[0]]['label']}"
                                       f"{_seeds(g.n_seeds, most)}")
         _gains(ax, g.assign(n_synthetic=g.n_real), look, apart, True)
-    ax.axhline(1, color='.5', lw=1)
-    ax.set(xscale='log', yscale='log', xlabel='captions')
-    _upright(ax, f'× {words.loss(test_set)}', '(below 1 helps)')
-    _counts(ax)
-    _plain_ticks(ax)
+    _ratio_axes(ax, test_set, words, 'captions')
     return ['Ratios of pairs of the same seed, with their 95 % intervals.']
 
 # %% ../nbs/09_report.ipynb #564f3d70
@@ -1010,11 +1010,12 @@ def _supervision_figure(study, t, styles, words):
     shown, tests = study.report.supervision, study.classify.eval.tested
     if not shown: return
     both = [n for n, c in curves_of(study).items() if c.captions and c.real and c.synthetic and len(c.sizes) > 1]
+    means = t.means.assign(compute='not checked')      # no model of pairs was trained longer: the marks would mislead
     for test in tests:
         fig, line = axes(len(shown)+bool(both), width=4.2, height=3.3)
         notes = []
         for ax, (title, curves) in zip(line, shown.items()):
-            notes += plot_scaling(ax, t.means, t.of_loss('laws'), test, {c: styles[c] for c in curves}, None, words,
+            notes += plot_scaling(ax, means, t.of_loss('laws'), test, {c: styles[c] for c in curves}, None, words,
                                   title)
             ax.set_xlabel('training images, or captions')
         for ax in line[1:len(shown)]:
