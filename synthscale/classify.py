@@ -12,7 +12,8 @@ import pandas as pd
 from joblib import Parallel, cpu_count, delayed
 from tqdm import tqdm
 from .gpus import take_gpu
-from .curves import Point, curve_of, curve_points, samples_of
+from .curves import Point, curve_points, samples_of
+from .study_curves import curve_of
 from .recipes import ENGINE, METRICS, mean_recall
 from .shards import check_subset, file_names, join, load_set, order_of, read_manifest
 from .study import Study, StudyError, die_with_parent, nearest, write_atomic, write_csv
@@ -408,9 +409,12 @@ def measured_rows(study: Study,  # the study
     base = dict(study=study.study.name, task=task, curve=curve, recipe=p.recipe, arch=arch) | point_keys(p)
     tail = dict(samples_seen=record['config']['samples_seen'], point=record['key'][:12],
                 environment=environment_of(record))
-    tests = [(t, _with_recall(record['tests'][t])) for t in study.classify.eval.every if t in record['tests']]
     return [dict(base, test_set=t, metric=k, value=m[k], stderr=m['stderr'].get(k), n_test=m['n_test'], **tail)
-            for t, m in tests for k in METRICS]
+            for t, m in _tests_of(study, record) for k in METRICS]
+
+def _tests_of(study, record):
+    "The measurements of a record in the study's order: one that was read back has another."
+    return [(t, _with_recall(record['tests'][t])) for t in study.classify.eval.every if t in record['tests']]
 
 def _with_recall(m):
     "The measurements of a split; in a record from before it was one of them, mean per-class recall is worked out."
@@ -425,7 +429,7 @@ def class_rows(study: Study,  # the study
               ) -> list:
     "The per-class rows of one point: recall and loss of the classes that a test set has."
     base, rows = dict(curve=curve) | point_keys(p), []
-    for t, m in record['tests'].items():
+    for t, m in _tests_of(study, record):
         for i, name in enumerate(study.study.classes):
             if not m['class_n'][i]: continue
             for k in ('recall', 'loss'):

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from .classify import (digest, find_point, measured_rows, point_file, point_keys, processor, sealed, split_of,
                                  split_rows, train_curve, write_curve)
-from .clip_curves import Attribute, pair_samples
-from .curves import Point, curve_of, curve_points
+from .clip_curves import Attribute, pairs_shown
+from .curves import Point, curve_points
+from .study_curves import curve_of
 from .pools import pool_images, pool_order, pool_spec, read_pool
 from .results import PAIRS
 from .shards import caption_lines, file_names, join, read_manifest
@@ -123,7 +124,7 @@ def samples_shown(study: Study,  # the study
                   point: Point   # which run
                  ) -> int:
     "Pairs shown in a run, repeats included."
-    return round(pair_samples(study.clip.recipes[point.recipe], point)*point.train_multiplier)
+    return round(pairs_shown(study.clip.recipes[point.recipe], point)*point.train_multiplier)
 
 def point_config(study: Study,  # the study
                  point: Point   # which run

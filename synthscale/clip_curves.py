@@ -15,7 +15,7 @@ from .study import Ident, Key, Positive, Rate, Section, Study
 
 # %% auto #0
 __all__ = ['ClipModelSpec', 'ClipRecipe', 'ZeroShot', 'Attribute', 'ClipCurve', 'ClipMixture', 'Gap', 'ClipSection',
-           'clip_curves_of', 'pair_samples']
+           'clip_curves_of', 'pairs_shown']
 
 # %% ../nbs/00l_clip_curves.ipynb #f03e95f2
 _REFUSED = {'timm_model_pretrained': 'names weights', 'hf_model_name': 'names a model of a hub',
@@ -149,9 +149,9 @@ def _pairs(s, c, **more):
     return CurveSpec(recipe=c.recipe or s.recipe, seeds=c.seeds or s.seeds, compute_sizes=(), captions=c.captions,
                      **more)
 
-def pair_samples(recipe: ClipRecipe,  # rule
-                 point: Point         # with captions
-                ) -> int:
+def pairs_shown(recipe: ClipRecipe,  # rule
+                point: Point         # with captions
+               ) -> int:
     "Pairs shown in a run, repeats included, in whole batches."
     once = recipe.samples_seen(max(point.n_real, point.n_synthetic))
     if not point.equal_exposures: return once

@@ -10,8 +10,8 @@ from pydantic import Field
 from .study import Count, Ident, Key, Positive, Rate, Section, Study, StudyError, nearest
 
 # %% auto #0
-__all__ = ['EvalSpec', 'OneSetCurve', 'MixtureCurve', 'ClassifySection', 'CurveSpec', 'is_synthetic', 'curves_of', 'curve_of',
-           'Point', 'curve_points', 'checked_sizes', 'samples_of', 'ScoredSet', 'QualitySection', 'scored_sets']
+__all__ = ['EvalSpec', 'OneSetCurve', 'MixtureCurve', 'ClassifySection', 'CurveSpec', 'is_synthetic', 'label_curves_of', 'Point',
+           'curve_points', 'checked_sizes', 'samples_of', 'ScoredSet', 'QualitySection', 'scored_sets']
 
 # %% ../nbs/00g_curves.ipynb #a3000007
 _Sizes = Annotated[list[Count], Field(min_length=1)]
@@ -152,9 +152,9 @@ def _one_set(study, name, c):
     return CurveSpec(**{slot: name, f'n_{slot}': tuple(c.n_images)}, train_multiplier=getattr(c, 'train_multiplier', 1),
                      **_common(study, c))
 
-def curves_of(study: Study    # the study
-             ) -> dict:       # name -> CurveSpec
-    "All curves of a study: those of single sets, those that sources bring, mixtures, then those of pairs."
+def label_curves_of(study: Study    # the study
+                   ) -> dict:       # name -> CurveSpec
+    "The curves of labelled images: those of single sets, those that sources bring, then mixtures."
     s = study.classify
     out = {n: _one_set(study, c.set, c) for n, c in s.curves.items()}
     sources = study.generate.sources if 'generate' in study.raw else {}
@@ -163,17 +163,7 @@ def curves_of(study: Study    # the study
         out[n] = CurveSpec(real=m.real, synthetic=m.synthetic, n_real=tuple(m.n_real), n_synthetic=tuple(m.n_synthetic),
                            real_share=m.real_share, synthetic_weight=m.synthetic_weight, as_long=m.as_long,
                            equal_exposures=m.exposures == 'real', **_common(study, m))
-    if not study.raw.get('clip'): return out
-    from synthscale.clip_curves import clip_curves_of
-    return out | clip_curves_of(study)
-
-def curve_of(study: Study,  # the study
-             name: str      # of a curve
-            ) -> CurveSpec:
-    "One curve of a study, or an error with the nearest name."
-    curves = curves_of(study)
-    if name not in curves: raise StudyError(f"no curve {name!r} in the study{nearest(name, curves)}")
-    return curves[name]
+    return out
 
 # %% ../nbs/00g_curves.ipynb #a3000014
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .own import own_pairs, own_table, say
 from .primary import PrimaryComparison, primary_table
 from .relations import relation_tables
 from .results import check_complete, read_curves, t_interval
-from .curves import curves_of
+from .study_curves import curves_of
 from .study import Ident, Positive, Section, Study, StudyError, nearest, write_csv
 
 # %% auto #0

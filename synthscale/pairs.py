@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 import pandas as pd
-from .data import (Entry, PairsSpec, _bytes_of, _shards_of, all_files, files_below, hold_out, hub_splits,
+from .inputs import (Entry, PairsSpec, _bytes_of, _shards_of, all_files, files_below, hold_out, hub_splits,
                              image_samples, same_letters, translate, usable)
 from .pixels import IMAGE_TYPES, Limits, check_archive
 from .shards import caption_lines

@@ -6,10 +6,11 @@
 from __future__ import annotations
 import json, re, string
 from pydantic import BaseModel, TypeAdapter
-from .curves import curves_of, is_synthetic, scored_sets
+from .curves import is_synthetic, scored_sets
+from .inputs import HubImagesSpec, ImagesSpec, PairsSpec, TilesSpec
+from .study_curves import curves_of
 from .damage import damaged_pairs
-from .data import (DigitsSpec, HubImagesSpec, ImagesSpec, MnistDigitsSpec, PairsSpec, RenderedDigitsSpec,
-                             TilesSpec, damage_of)
+from .data import DigitsSpec, MnistDigitsSpec, RenderedDigitsSpec, damage_of
 from .generate import source_spec
 from .laws import fit_ranges
 from .backbones import BackboneSpec, backbone_faults, class_indices, own_names

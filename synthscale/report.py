@@ -12,7 +12,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from .curves import curves_of, scored_sets
+from .curves import scored_sets
+from .study_curves import curves_of
 from .laws import equivalent_table, fit_table, with_n
 from .own import own_pairs, own_table, say
 from .results import summary

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
-from .curves import curves_of, scored_sets
+from .curves import scored_sets
+from .study_curves import curves_of
 from .recipes import METRICS, PER_IMAGE, unpack_values
 from .study import Study, StudyError, nearest, write_csv
 

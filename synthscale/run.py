@@ -443,7 +443,7 @@ def look(study: Study    # the study
 def check(study: Study    # the study
          ) -> int:        # exit code
     "Print everything that is wrong or missing in params.yaml, or that nothing is."
-    from synthscale.curves import curves_of
+    from synthscale.study_curves import curves_of
     from synthscale.params import problems
     found = problems(study)
     if found:

@@ -207,11 +207,11 @@ def _scored(study) -> list:
 
 def _curves(study) -> list:
     "The names of the curves of classifiers."
-    return [n for n, c in pkgutil.resolve_name('synthscale.curves:curves_of')(study).items() if not c.captions]
+    return [n for n, c in pkgutil.resolve_name('synthscale.study_curves:curves_of')(study).items() if not c.captions]
 
 def _pair_curves(study) -> list:
     "The names of the curves of pairs."
-    return [n for n, c in pkgutil.resolve_name('synthscale.curves:curves_of')(study).items() if c.captions]
+    return [n for n, c in pkgutil.resolve_name('synthscale.study_curves:curves_of')(study).items() if c.captions]
 
 # stage -> the function that does it, the names that it is called with (None: it does everything at once), options
 _STAGES = {

@@ -11,7 +11,8 @@ from synthscale.clip import point_config, run_pairs
 from synthscale.clip_curves import ClipModelSpec, ClipRecipe
 from synthscale.clip_models import build_clip, load_clip, save_clip
 from synthscale.clip_train import pair_stream, train_steps
-from synthscale.curves import curve_of, curve_points
+from synthscale.curves import curve_points
+from synthscale.study_curves import curve_of
 from synthscale.params import problems
 from synthscale.recipes import Optimizer, Schedule
 from synthscale.smoke import smoke_pairs_study, smoke_params, with_pairs

@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT, copy_repo, dump, environment, load, sh
 from synthscale.doctor import check_names
 from synthscale.run import main, stage_key
-from synthscale.smoke import smoke_params, smoke_text_models
+from synthscale.smoke import smoke_params, smoke_text_models, with_pairs
 from synthscale.study import Study, StudyError
 
 HOSTILE = ['zz;touch PWN', "a'b;touch PWN;'", 'a";touch PWN;"', '$(touch PWN)', '`touch PWN`', 'a\ntouch PWN\n',
@@ -19,11 +19,11 @@ def bare(tmp_path_factory):
     return d
 
 def with_texts():
-    "The parameters of the smoke study with a prompt set of every kind, and a caption pool."
+    "The parameters of the smoke study with a prompt set of every kind, and a section about pairs."
     p, texts = smoke_params(), smoke_text_models()
     p['models'] |= texts.pop('models')
     p['prompts'] |= texts
-    p['clip'] = p.get('clip', {}) | dict(pools=dict(told=dict(set='rendered')))
+    p['clip'] = with_pairs(smoke_params())['clip']
     return p
 
 def write(d, place, names):

@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import assume, given, settings, strategies as st
 from conftest import ROOT, copy_repo, sh
 from synthscale.components import METRICS_FITTED, read_images
-from synthscale.curves import curves_of
+from synthscale.study_curves import curves_of
 from synthscale.laws import compare_slopes, equivalent, fit_curve, fit_ranges, fit_table, seed_slopes
 from synthscale.results import compute_marks, prune, read_curves, summary, t_interval
 from synthscale.study import Study, StudyError

@@ -9,7 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
 from synthscale.classify import bring_points, check_curve, find_point, point_config, run_curve, run_points, version_note
-from synthscale.curves import Point, curve_of, curve_points
+from synthscale.curves import Point, curve_points
+from synthscale.study_curves import curve_of
 from synthscale.evaluators import build_evaluator
 from synthscale.loop import Loop
 from synthscale.params import check_study
