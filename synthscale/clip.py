@@ -13,6 +13,7 @@ from .clip_curves import Attribute, pairs_shown
 from .curves import Point, curve_points
 from .study_curves import curve_of
 from .pools import pool_images, pool_order, pool_spec, read_pool
+from .recipes import mean_recall, unpack_values
 from .results import PAIRS
 from .shards import caption_lines, file_names, join, read_manifest
 from .study import Study, StudyError, nearest, write_atomic, write_csv
@@ -112,6 +113,9 @@ def _asked(study):
         out['zero_shot'] = dict(templates=c.zero_shot.templates, names=names_asked(study), within=list(e.within))
         rows = {k: split_rows(study, e.set_of(k), k) for k in e.every}
         out['tests'] = {k: digest([r.sha256.tolist(), r.label.tolist()]) for k, r in rows.items()}
+    else:
+        rows = {k: _captioned(study, k) for k in e.every}
+        out['matched'] = {k: digest([r.sha256.tolist(), r.caption.tolist()]) for k, r in rows.items()}
     for s in c.retrieval:
         rows = _captioned(study, s)
         out['retrieval'][s] = digest([rows.sha256.tolist(), rows.caption.tolist()])
@@ -149,13 +153,34 @@ def _classified(study, m):
     from synthscale.train import measure, temperature
     from synthscale.zero_shot import class_weights, zero_shot_logits
     e, n = study.classify.eval, len(study.study.classes)
-    if not study.clip.zero_shot: return {}
     weights = class_weights(m, names_asked(study), study.clip.zero_shot.templates)
     outs = {k: zero_shot_logits(m, split_of(study, e.set_of(k), k).images, weights) for k in e.every}
     labels = {k: split_rows(study, e.set_of(k), k).label.to_numpy() for k in e.every}
     scale = temperature(outs[e.validation], labels[e.validation])
     return {k: measure(outs[k], labels[k], n, scale, k in e.within) | dict(temperature=scale) for k in e.every}
 
+def _by_class(found, labels, n):
+    "Recall, loss and number of images of each of the study's classes, where something else than classes was asked."
+    loss, hit = (unpack_values(found['each'][k], len(labels)) for k in ('loss', 'top1'))
+    at = [np.flatnonzero(labels == c) for c in range(n)]
+    recall, losses = ([float(v[i].mean()) if len(i) else None for i in at] for v in (hit, loss))
+    mean, error = mean_recall(recall, [len(i) for i in at])
+    return dict(class_recall=recall, class_loss=losses, class_n=[len(i) for i in at], mean_per_class_recall=mean,
+                stderr=found['stderr'] | dict(mean_per_class_recall=error))
+
+def _matched(study, m):
+    "Each image of a split among the first captions of all of it: what stands for classes where there are none."
+    from synthscale.train import measure, temperature
+    from synthscale.zero_shot import text_features, zero_shot_logits
+    e, n, outs, right = study.classify.eval, len(study.study.classes), {}, {}
+    for k in e.every:
+        texts, right[k] = np.unique([caption_lines(c)[0] for c in _captioned(study, k).caption], return_inverse=True)
+        outs[k] = zero_shot_logits(m, split_of(study, e.set_of(k), k).images, text_features(m, texts.tolist()).T)
+    scale = temperature(outs[e.validation], right[e.validation])
+    found = {k: measure(outs[k], right[k], outs[k].shape[1], scale) | dict(temperature=scale) for k in e.every}
+    return {k: v | _by_class(v, split_rows(study, e.set_of(k), k).label.to_numpy(), n) for k, v in found.items()}
+
+# %% ../nbs/06e_clip.ipynb #82b6b24f
 def _retrieved(study, m):
     "Retrieval on the splits that have captions."
     from synthscale.zero_shot import image_text_retrieval
@@ -188,7 +213,8 @@ def measure_clip(study: Study,   # the study
                  m               # ClipModel
                 ) -> dict:       # tests, retrieval, attributes
     "Everything that a model is asked."
-    return dict(tests=_classified(study, m), retrieval=_retrieved(study, m), attributes=_attributed(study, m))
+    asked = _classified if study.clip.zero_shot else _matched
+    return dict(tests=asked(study, m), retrieval=_retrieved(study, m), attributes=_attributed(study, m))
 
 # %% ../nbs/06e_clip.ipynb #bfdfef8f
 def _trained(study, point, config, folder, acc):
@@ -241,7 +267,7 @@ def check_curve(study: Study,  # the study
     "Whether pools and sets can give what a curve asks for, and whether training and test images are apart."
     c, e, clip = curve_of(study, name), study.classify.eval, study.clip
     recipe, tested = clip.recipes[c.recipe], {}
-    for split in dict.fromkeys([*(e.every if clip.zero_shot else []), *clip.retrieval]):
+    for split in e.every:
         rows = split_rows(study, e.set_of(split), split)
         if not len(rows):
             splits = sorted(set(read_manifest(study.set_dir(e.set_of(split))).split))
@@ -273,7 +299,8 @@ def clip_rows(study: Study,  # the study
               p: Point,      # the point
               record: dict   # as run_point gives it
              ) -> list:
-    "The rows of one point in curves.csv: zero-shot classification on every test set, with the metrics of classifiers."
+    """The rows of one point in curves.csv, with the metrics of classifiers: zero-shot classification on every test
+    set, or, where a study has no classes, an image's own caption among those of all images of the test set."""
     return measured_rows(study, curve, p, record, 'clip', _arch(study, p.recipe))
 
 _COUNTS = ('n_images', 'n_texts', 'n_shared_texts')

@@ -119,7 +119,8 @@ class ClipSection(Section):
     pools: dict[Key, PoolSpec] = {}  # captions, each of an image
     curves: dict[Key, ClipCurve] = {}
     mixtures: dict[Key, ClipMixture] = {}
-    zero_shot: Union[ZeroShot, None] = None    # null: no classification, for pairs without classes
+    zero_shot: Union[ZeroShot, None] = None    # null: there are no classes to name; the losses and shares of curves.csv
+                                     # are then those of an image's own caption among the first captions of a test set
     attributes: dict[Key, Attribute] = {}
     declared: Annotated[str, Field(pattern='^([0-9a-f]{40})?$')] = ''          # commit that declared `primary`
     primary: Annotated[list[PrimaryComparison], Field(max_length=8)] = []      # comparisons of curves of pairs that

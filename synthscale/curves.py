@@ -233,6 +233,8 @@ class QualitySection(Section):
     in_domain_evaluator: Ident = ''  # trained on artificial images: measures whether the concept is there; empty: none
     balance: _Balance = 'equal'      # as many images of each class; own: the class shares of the set itself
     n_compared: Positive = 2000      # images of a set, and as many real ones, of which distances are taken at most
+    clip: Annotated[str, Field(pattern=r'^models/[A-Za-z0-9_+-]+$')] = ''     # models/NAME: the CLIP score of sets
+                                     # whose images have captions, by a model of open_clip; left out: no such score
     bootstrap: Count = 200           # halves of the images that intervals are taken from; 0: no intervals
     sets: dict[Key, ScoredSet] = {}
 

@@ -20,10 +20,11 @@ from .study import (Ident, Key, Positive, Rate, Section, Study, StudyError, link
 from .text_models import check_text_folder, wanted_text_files
 
 # %% auto #0
-__all__ = ['Task', 'ModelsSection', 'ENGINE', 'VaeSpec', 'TextSpec', 'UnetSpec', 'T5Spec', 'VqSpec', 'TransformerSpec',
-           'MiniSDSpec', 'MiniIFSpec', 'MiniMuseSpec', 'MiniLMSpec', 'MiniCaptionerSpec', 'HubFiles', 'HubSpec',
-           'LocalSpec', 'task_of', 'wanted_files', 'fetch', 'check_links', 'check_made', 'class_of', 'training_threads',
-           'model_key', 'kept_whole', 'link_tree', 'materialize', 'build_model', 'model_parts', 'model_card']
+__all__ = ['Task', 'ModelsSection', 'CLIP_TASK', 'ENGINE', 'VaeSpec', 'TextSpec', 'UnetSpec', 'T5Spec', 'VqSpec',
+           'TransformerSpec', 'MiniSDSpec', 'MiniIFSpec', 'MiniMuseSpec', 'MiniLMSpec', 'MiniCaptionerSpec', 'HubFiles',
+           'HubSpec', 'LocalSpec', 'task_of', 'wanted_files', 'fetch', 'check_links', 'check_clip_folder', 'check_made',
+           'class_of', 'training_threads', 'model_key', 'kept_whole', 'link_tree', 'materialize', 'build_model',
+           'model_parts', 'model_card']
 
 # %% ../nbs/02_models.ipynb #7674df47
 _TrainedOn = Annotated[str, Field(pattern=r'^sets/[A-Za-z0-9_+-]+$')]     # sets/NAME, a set under data.sets
@@ -177,14 +178,16 @@ class HubFiles(Section):
     revision: str                    # the full commit hash, 40 hexadecimal digits: a branch or a tag may move
     variant: Ident = ''              # e.g. fp16: weights named *.fp16.safetensors; empty: the plain ones
 
-Task = Literal['text-to-image', 'text-generation', 'text2text-generation', 'image-text-to-text']
+Task = Literal['text-to-image', 'text-generation', 'text2text-generation', 'image-text-to-text',
+               'zero-shot-image-classification']
 
 class HubSpec(HubFiles):
     "A model of the Hugging Face hub: fetched once, safetensors only, no code of the repository is run."
     type: Literal['hub']
     input: Literal['build/nbs/02_models.ipynb']   # not read: DVC needs a path, and this one is a dependency anyway
     task: Task = 'text-to-image'     # what it does, in the hub's words: a pipeline of diffusers makes images; a model
-                                     # of transformers continues a text, answers one, or writes about an image
+                                     # of transformers continues a text, answers one, or writes about an image; one
+                                     # of open_clip says how well images go with texts (zero-shot-image-classification)
     pipeline: Ident = ''             # the expected class, e.g. StableDiffusionPipeline; empty: any for the task
     upscaler: Union[HubFiles, None] = None   # the second stage of a cascade (DeepFloyd IF)
 
@@ -228,7 +231,10 @@ def fetch(files: HubFiles,   # repository and commit
     token = os.environ.get('HF_TOKEN') or False
     common = dict(revision=files.revision, local_dir=str(folder), token=token)
     try:
-        if getattr(files, 'task', 'text-to-image') == 'text-to-image':
+        task = getattr(files, 'task', 'text-to-image')
+        if task == CLIP_TASK:
+            allow, leave = [*_CLIP_FILES, *_PLAIN], []
+        elif task == 'text-to-image':
             index = read_json(hf_hub_download(files.repo, 'model_index.json', **common))
             allow, leave = wanted_files(index, files.variant)
         else:
@@ -260,11 +266,31 @@ def check_links(folder    # of a pipeline, as somebody saved it
             raise StudyError(f"{f}: a link to the folder {to}: expected the folder itself (cp -rL)")
 
 # %% ../nbs/02_models.ipynb #f0304255
+CLIP_TASK = 'zero-shot-image-classification'     # of models of open_clip
+_CLIP_FILES = ('open_clip_config.json', 'open_clip_model.safetensors')
+
+def check_clip_folder(folder    # as open_clip's push_to_hf_hub writes it
+                     ):
+    "Whether a folder holds a model of open_clip, in safetensors; raises `StudyError` that names the file."
+    config, weights = (Path(folder)/f for f in _CLIP_FILES)
+    for f in (config, weights):
+        if f.is_file(): continue
+        raise StudyError(f"{f}: no such file; expected a folder as open_clip writes it, with weights as safetensors")
+    lost = [k for k in ('model_cfg', 'preprocess_cfg') if k not in read_json(config)]
+    if lost: raise StudyError(f"{config}: no {lost[0]!r}; expected the description of a model as open_clip writes it")
+    try:
+        with safe_open(weights, 'pt') as f:
+            empty = not list(f.keys())
+    except Exception as e:
+        raise StudyError(f"{weights}: not a whole file of safetensors: {first_line(e)}") from None
+    if empty: raise StudyError(f"{weights}: no tensor in it; expected the weights of a model of open_clip")
+
 def check_made(folder,      # of a model
                task: str    # of its specification
               ):
     "Whether a folder holds a model for a task: all of it, in safetensors; raises `StudyError` that names the file."
     if task == 'text-to-image': return check_folder(folder)
+    if task == CLIP_TASK: return check_clip_folder(folder)
     check_text_folder(folder, task)
 
 def class_of(folder    # of a model
@@ -272,6 +298,8 @@ def class_of(folder    # of a model
     "The class that a model was saved from, as its index or its configuration names it."
     folder = Path(folder)
     if (folder/'model_index.json').exists(): return pipeline_class(folder)[0].__name__
+    if (folder/_CLIP_FILES[0]).exists():
+        return 'CustomTextCLIP' if read_json(folder/_CLIP_FILES[0])['model_cfg'].get('custom_text') else 'CLIP'
     named = read_json(folder/'config.json').get('architectures')
     return str(named[0]) if isinstance(named, list) and named else ''
 

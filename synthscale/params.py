@@ -14,7 +14,7 @@ from .data import DigitsSpec, MnistDigitsSpec, RenderedDigitsSpec, damage_of
 from .generate import source_spec
 from .laws import fit_ranges
 from .backbones import BackboneSpec, backbone_faults, class_indices, own_names
-from .models import HubFiles, HubSpec, LocalSpec, task_of
+from .models import CLIP_TASK, HubFiles, HubSpec, LocalSpec, task_of
 from .pairs import pairs_faults
 from .primary import primary_problems
 from .prompts import check_caption_split
@@ -359,6 +359,7 @@ def _check_recipes(c):
         c.unless(r.augment.crop < side, f'recipes.{n}.augment.crop', r.augment.crop,
                  f'less than the {side} pixels of an image, whose reflection is the padding')
 
+# %% ../nbs/10_params.ipynb #130cd60d
 def _check_backbone_evaluator(c, key, e):
     "An evaluator's backbone is one, says which weights it has, and has classes for those of the study."
     s, m = c.study, c.study.models.get(e.backbone)
@@ -389,6 +390,10 @@ def _check_evaluators(c):
         name = getattr(s.quality, k)
         if not name: continue
         c.ref(f'quality.{k}', name, s.evaluators, 'evaluator under evaluators')
+    if s.quality.clip:
+        name = s.quality.clip.removeprefix('models/')
+        c.ref('quality.clip', name, s.models, 'model under models')
+        _check_task(c, 'quality.clip', name, [CLIP_TASK])
     for n in s.quality.sets:
         c.ref('quality.sets', n, s.data.sets, 'set under data.sets')
 
@@ -532,8 +537,8 @@ def _check_pairs(c):
     for name in (s.clip.zero_shot.names if s.clip.zero_shot else ()):
         c.ref('clip.zero_shot.names', name, s.study.classes, 'class of the study')
     trained = [*s.clip.curves, *s.clip.mixtures]
-    c.unless(not trained or s.clip.zero_shot or s.clip.retrieval, 'clip.retrieval', s.clip.retrieval,
-             'a split with captions, or a section clip.zero_shot: the models would be asked nothing')
+    c.unless(not trained or s.clip.zero_shot or {*e.every} <= {*s.clip.retrieval}, 'clip.retrieval', s.clip.retrieval,
+             f'all of {e.every} with captions, or a section clip.zero_shot: the models would be asked nothing else')
 
 # %% ../nbs/10_params.ipynb #a4000016
 _CURVE = 'curve under classify.curves, classify.mixtures, generate.sources, clip.curves or clip.mixtures'

@@ -229,7 +229,7 @@ def copies_of(study: Study,  # the study
 
 # %% ../nbs/05_quality.ipynb #d99d1cd8
 _COLUMNS = ['class', 'metric', 'value', 'n', 'n_reference', 'ci_lo', 'ci_hi', 'network', 'reference', 'note']
-_AT_LEAST_0 = ('frechet_distance', 'density', 'diversity', 'diversity_recognized')
+_AT_LEAST_0 = ('frechet_distance', 'density', 'diversity', 'diversity_recognized', 'clip_score')
 _SHARES = ('precision', 'recall', 'coverage', 'recognizability_real', 'recognizability_in_domain')
 
 def _rows(study, metrics, n, n_reference=0, network='', reference='', note=''):
@@ -301,6 +301,22 @@ def _distance_rows(study, name, split, found, labels, balance, counts, seed):
                          f'{set_}: {part}'))
     return out
 
+# %% ../nbs/05_quality.ipynb #5255f919
+def _clip_rows(study, rows, images, labels, counts, seed):
+    "Rows of the CLIP score; without a value where the set has no captions."
+    from synthscale.zero_shot import caption_scores, load_open_clip
+    q, n, network = study.quality, len(study.study.classes), study.quality.clip.partition('/')[2]
+    if not rows.caption.astype(bool).any():
+        none = np.full(n+1, np.nan)
+        return _rows(study, dict(clip_score=(none, none, none)), counts, network=network, note='no captions')
+    m = load_open_clip(study.path(q.clip))
+    each = caption_scores(m, images, rows.caption.tolist(), rows.key.tolist())
+
+    def measure(i):
+        made, total = np.bincount(labels[i], minlength=n), np.bincount(labels[i], each[i], n)
+        return dict(clip_score=np.divide(total, made, out=np.full(n, np.nan), where=made > 0))
+    return _rows(study, class_intervals(measure, labels, q.bootstrap, seed), counts, network=network)
+
 # %% ../nbs/05_quality.ipynb #8972f6e2
 def score_set(study: Study,  # the study
               name: str      # of a set that is scored
@@ -321,6 +337,8 @@ def score_set(study: Study,  # the study
         tables += _judged_rows(study, which, found, labels, counts, seed)
         if which == 'real':
             tables += _distance_rows(study, name, spec.split, found, labels, spec.balance, counts, seed)
+    if q.clip:
+        tables.append(_clip_rows(study, s.manifest.iloc[i], images, labels, counts, seed))
     tables += _duplicate_rows(study, name, spec.split, images, s.manifest.sha256.iloc[i], labels, counts)
     df = pd.concat([t for t in tables if len(t)], ignore_index=True)
     df.insert(0, 'set', name)

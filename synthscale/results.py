@@ -147,7 +147,6 @@ def expected_rows(study: Study   # the study
     "The keys that params.yaml promises: one row per curve, size, seed, test set and metric."
     e, rows = study.classify.eval, []
     for name, c in curves_of(study).items():
-        if c.captions and not study.clip.zero_shot: continue          # pairs without classes
         for r, s in c.sizes:
             each = itertools.product(range(c.seeds_at((r, s))), e.every, METRICS)
             rows += [dict(curve=name, n_real=r, n_synthetic=s, seed=k, test_set=t, metric=m) for k, t, m in each]

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from clip_parity import CONFIG, WHOLE, run_open_clip, small_csv, small_pairs, tiny_model
-from conftest import ROOT, dump, edit, environment, forget, load, ran, sh
+from conftest import ROOT, copy_repo, dump, edit, environment, forget, load, ran, sh
 from synthscale.classify import find_point
 from synthscale.clip import point_config, run_pairs
 from synthscale.clip_curves import ClipModelSpec, ClipRecipe
@@ -15,7 +15,7 @@ from synthscale.curves import curve_points
 from synthscale.study_curves import curve_of
 from synthscale.params import problems
 from synthscale.recipes import Optimizer, Schedule
-from synthscale.smoke import smoke_pairs_study, smoke_params, with_pairs
+from synthscale.smoke import make_inputs, smoke_pairs_study, smoke_params, with_pairs
 from synthscale.study import Study, StudyError
 from synthscale.train import Mix
 
@@ -162,7 +162,7 @@ from synthscale.study import Study
 run_pairs(Study(sys.argv[1]), 'pairs_both', workers=1)
 """
 
-@pytest.mark.campaign      # not seen to end yet: -m campaign
+@pytest.mark.slow
 def test_a_curve_that_is_killed_again_and_again_ends_with_the_same_numbers(study):
     "States are written after every step here, so that each kill falls into a resumed run."
     whole = run_pairs(study, 'pairs_both', workers=1)
@@ -291,7 +291,7 @@ def test_the_weights_of_another_model_are_refused(tmp_path):
     with pytest.raises(StudyError, match='not the description'):
         load_clip(tmp_path/'a')
 
-@pytest.mark.campaign      # not seen to end yet: -m campaign
+@pytest.mark.slow
 def test_pairs_in_the_pipeline(repo):
     "Pool, source and arms are stages; their rows are in the tables of the study; what was run is found again."
     section = with_pairs(smoke_params())
@@ -302,15 +302,20 @@ def test_pairs_in_the_pipeline(repo):
         p['laws'] |= dict(x=dict(pairs_both='n_real'), fit_range=dict(pairs_both=[40, 80]))
         p['laws']['compare'].append(['pairs_real', 'pairs_drawn'])
         p['report']['supervision'] = dict(labels=['digits'], captions=['pairs_real', 'pairs_drawn', 'pairs_both'])
+        p['models']['judge'] = dict(type='local', input='judge', task='zero-shot-image-classification')
+        p['quality']['clip'] = 'models/judge'
     edit(repo, add)
+    save_clip(repo/'judge', build_clip(SPEC, 16, 3, 0), SPEC)
     made = ran(sh('dvc repro', repo))
-    assert made == {'prepare', 'pools@words', 'generate@words_g1', 'quality_sources@words_g1',
-                    'classify_sources@words_g1', 'clip@pairs_real', 'clip@pairs_drawn', 'clip_mixtures@pairs_both',
-                    'results', 'laws', 'report'}
+    assert made == {'prepare', 'pools@words', 'generate@words_g1', 'models@judge', 'quality_sources@names_g2',
+                    'quality_sources@words_g1', 'classify_sources@words_g1', 'clip@pairs_real', 'clip@pairs_drawn',
+                    'clip_mixtures@pairs_both', 'results', 'laws', 'report'}
     assert ran(sh('dvc repro', repo)) == set()
     for table, column in (('curves', 'curve'), ('laws', 'curve'), ('comparisons', 'a'), ('pairs', 'curve')):
         assert 'pairs_real' in set(pd.read_csv(repo/'results'/f'{table}.csv')[column]), table
-    assert (repo/'figures'/'supervision.png').exists()
+    scores = pd.read_csv(repo/'results'/'quality.csv').query("metric == 'clip_score' and `class` == 'all'")
+    assert dict(zip(scores['set'], scores.network)) == dict(names_g2='judge', words_g1='judge')
+    assert {f'supervision_{t}.png' for t in ('test', 'ood')} <= {f.name for f in (repo/'figures').iterdir()}
     shutil.rmtree(repo/'build'/'points')
     forget(repo, {'clip', 'clip_mixtures'})
     out = sh('dvc repro', repo)
@@ -320,3 +325,45 @@ def test_pairs_in_the_pipeline(repo):
     sh('dvc repro', repo)
     assert not (repo/'runs'/'classify'/'pairs_drawn').exists()
     assert 'pairs_drawn' not in set(pd.read_csv(repo/'results'/'curves.csv').curve)
+
+def without_classes():
+    "A study that has image-caption pairs and nothing else: no classes, no classifiers, no generator."
+    p = with_pairs(smoke_params())
+    splits = dict(train=120, dev=40, held_out=40)
+    p['data']['sets'] = dict(rendered=p['data']['sets']['rendered'] | dict(splits=splits))
+    p['clip'] |= dict(zero_shot=None, attributes={}, mixtures={}, retrieval=['dev', 'held_out'],
+                      pools=dict(words=dict(set='rendered', n=120)), seeds=2,
+                      curves=dict(pairs_real=dict(captions='words', set='rendered', n_pairs=[40, 80, 120])))
+    p['classify'] = dict(eval=dict(set='rendered', validation='dev', test_splits=['held_out'], ood_set='rendered',
+                                   in_domain_set='rendered'), curves={})
+    for key in ('models', 'prompts', 'filters', 'merged', 'recipes', 'quality', 'evaluators', 'laws', 'report'):
+        p.pop(key, None)
+    p['generate'] = dict(sources={})
+    return p
+
+@pytest.mark.slow
+def test_a_study_of_pairs_without_classes_is_whole(tmp_path):
+    "What it measures is whether an image is told its caption: tables, laws and figures are those of any curve."
+    d = copy_repo(tmp_path/'repo')
+    make_inputs(d/'data')
+    dump(without_classes(), d/'params.yaml')
+    sh('git init -q', d)
+    assert problems(Study(d)) == []
+    made = ran(sh('dvc repro', d))
+    assert made == {'prepare', 'data@rendered', 'pools@words', 'clip@pairs_real', 'results', 'laws', 'report'}
+    curves, laws = (pd.read_csv(d/'results'/f'{t}.csv') for t in ('curves', 'laws'))
+    loss = curves.query("metric == 'loss' and test_set == 'held_out'")
+    rows = pd.read_parquet(d/'sets'/'rendered'/'manifest.parquet').query("split == 'held_out'")
+    chance = np.log(rows.caption.nunique())
+    assert len(loss) == 6 and (loss.n_test == 40).all() and (loss.value < chance+1).all()
+    assert set(laws.curve) == {'pairs_real'} and set(laws.test_set) == {'dev', 'held_out'}
+    found = pd.read_csv(d/'results'/'pairs.csv').query("task == 'retrieval' and split == 'held_out'")
+    assert {'image_to_text_R@1', 'text_to_image_R@10'} <= set(found.metric)
+    assert (d/'figures'/'scaling_held_out.png').exists()
+    assert ran(sh('dvc repro', d)) == set()
+
+def test_a_study_without_classes_names_the_split_that_has_no_captions():
+    p = without_classes()
+    p['clip']['retrieval'] = ['held_out']
+    found, = problems(Study(ROOT, p))
+    assert 'clip.retrieval' in str(found) and "['dev', 'held_out']" in str(found)

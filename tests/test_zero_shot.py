@@ -1,6 +1,6 @@
 """Evaluation of CLIP models: what open_clip, its trainer and CLIP_benchmark give for the same images, laws that hold
 for all features, and class names, captions and features that nobody should have."""
-import io, itertools, json, sys, tarfile
+import copy, io, itertools, json, sys, tarfile
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -12,15 +12,16 @@ from hypothesis import given, settings, strategies as st
 from open_clip_train.train import get_clip_metrics
 from PIL import Image
 from safetensors.torch import save_file
+from synthscale.quality import score_set
 from synthscale.recipes import unpack_values
-from synthscale.shards import encode_png, load_set
+from synthscale.shards import encode_png, load_set, subset
 from synthscale.smoke import smoke_study
 from synthscale.study import Study, StudyError
 from synthscale.train import measure, to_float
-from synthscale.zero_shot import (class_names, class_weights, clip_score, downstream, downstream_set, evaluate_wds,
-                                  image_features, image_text_retrieval, learned_scale, linear_probe, load_open_clip,
-                                  read_wds, recall_by_chance, retrieval, text_features, write_wds, zero_shot,
-                                  zero_shot_logits)
+from synthscale.zero_shot import (caption_scores, class_names, class_weights, clip_score, downstream, downstream_set,
+                                  evaluate_wds, image_features, image_text_retrieval, learned_scale, linear_probe,
+                                  load_open_clip, read_wds, recall_by_chance, retrieval, text_features, write_wds,
+                                  zero_shot, zero_shot_logits)
 
 some = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31)
@@ -474,3 +475,29 @@ def test_pickled_weights_and_other_models_are_refused(tmp_path):
     (folder/'open_clip_model.safetensors').rename(folder/'open_clip_pytorch_model.bin')
     with pytest.raises(StudyError, match='weights as safetensors'):
         load_open_clip(folder)
+
+# ---- the CLIP score of the quality stage
+
+def test_the_quality_stage_has_the_clip_score_of_captioned_sets(tmp_path):
+    smoke = Study(smoke_study('data'))
+    raw = copy.deepcopy(smoke.raw)
+    for k in ('real_evaluator', 'in_domain_evaluator'):
+        raw['quality'].pop(k)
+    raw['quality']['clip'] = 'models/clip'
+    for d in ('sets', 'data'):
+        (tmp_path/d).symlink_to(smoke.path(d))
+    (tmp_path/'models').mkdir()
+    saved_clip(tmp_path/'models'/'clip', random_clip().net)
+    q = {k: score_set(Study(tmp_path, raw), k) for k in ('rendered', 'digits')}
+    found = {k: v[v.metric == 'clip_score'].set_index('class') for k, v in q.items()}
+    assert found['digits'].value.isna().all() and set(found['digits'].note) == {'no captions'}
+    score = found['rendered']
+    assert set(score.network) == {'clip'} and ((score.ci_lo <= score.value) & (score.value <= score.ci_hi))['all']
+    s = load_set(smoke.set_dir('rendered'), 'train')
+    i = subset(s, int(score.loc['all', 'n']), smoke.seed('order', 'rendered', 0), 10)
+    each = caption_scores(load_open_clip(tmp_path/'models'/'clip'), s.images[i], s.manifest.caption.iloc[i].tolist())
+    by_class = [each[s.labels[i] == c].mean() for c in range(10)]
+    assert np.allclose(score.value, [*by_class, np.mean(by_class)], atol=1e-4)
+    del raw['quality']['clip']
+    off = score_set(Study(tmp_path, raw), 'rendered')
+    assert off.equals(q['rendered'][q['rendered'].metric != 'clip_score'].reset_index(drop=True))
