@@ -1373,6 +1373,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'synthscale.report.plot_scaling': ('report.html#plot_scaling', 'synthscale/report.py'),
                                    'synthscale.report.plot_table': ('report.html#plot_table', 'synthscale/report.py'),
                                    'synthscale.report.predictions': ('report.html#predictions', 'synthscale/report.py'),
+                                   'synthscale.report.read_grid': ('report.html#read_grid', 'synthscale/report.py'),
                                    'synthscale.report.report_table': ('report.html#report_table', 'synthscale/report.py'),
                                    'synthscale.report.save': ('report.html#save', 'synthscale/report.py'),
                                    'synthscale.report.study_styles': ('report.html#study_styles', 'synthscale/report.py'),

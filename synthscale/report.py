@@ -23,8 +23,9 @@ from .study import Ident, Positive, Section, Study, StudyError, write_atomic, wr
 __all__ = ['METRICS', 'ReportSection', 'labels_of', 'Words', 'words_of', 'style', 'axes', 'save', 'legend', 'leading',
            'plot_scaling', 'plot_exponents', 'plot_residuals', 'plot_exchange', 'plot_mixing', 'plot_both', 'plot_grid',
            'loss_colours', 'factor_table', 'plot_guidance', 'plot_prompt_sets', 'plot_generators', 'plot_quality',
-           'plot_relations', 'plot_damage', 'class_means', 'plot_classes', 'plot_samples', 'Tables', 'headline',
-           'predictions', 'cost_table', 'headline_curves', 'plot_table', 'make_report', 'study_styles', 'report_table']
+           'plot_relations', 'plot_damage', 'class_means', 'plot_classes', 'read_grid', 'plot_samples', 'Tables',
+           'headline', 'predictions', 'cost_table', 'headline_curves', 'plot_table', 'make_report', 'study_styles',
+           'report_table']
 
 # %% ../nbs/09_report.ipynb #4ce38288
 class ReportSection(Section):
@@ -712,12 +713,17 @@ def plot_classes(ax,                       # matplotlib axes
     ax.set_title(title, fontsize=8)
 
 # %% ../nbs/09_report.ipynb #b7a31fa0
+def read_grid(file    # samples.png of a set
+             ) -> np.ndarray:     # uint8: of floats, as matplotlib reads them, colours above 1 would be shown as white
+    "The grid of images that the data stage made of a set."
+    return np.rint(plt.imread(file)*255).astype(np.uint8)
+
 def plot_samples(ax,          # matplotlib axes
                  grid,        # uint8 array, ten images of each class, one row per class
                  title='',    # words above
                  classes=()   # class names, written at the left; none: nothing there
                 ):
-    "The grid of images that the data stage made of a set."
+    "A grid of images; grey ones as ink on paper."
     ax.imshow(255-grid if grid.ndim == 2 else grid, cmap='gray', vmin=0, vmax=255)
     ax.set_title(title, fontsize=9)
     ax.spines[:].set_visible(False)
@@ -1030,7 +1036,7 @@ def _sample_figure(study, words):
     "Image grids of the sets that params.yaml names."
     panels = []
     for i, name in enumerate(study.report.samples):
-        grid = plt.imread(study.path('runs', 'data', name, 'samples.png'))*255
+        grid = read_grid(study.path('runs', 'data', name, 'samples.png'))
         panels.append((grid, words(name), () if i % 3 else study.study.classes))
     _figure(study.path('figures')/'samples.png', plot_samples, panels, width=3.2, height=3.4, columns=3)
 

@@ -1,7 +1,7 @@
 """The arithmetic of training, against committed numbers. Whoever breaks this test mends the code or raises ENGINE: that
-of `recipes` for classifiers, that of `models` for the mini models; then `python tests/test_witness.py` writes the
-numbers again. Finished points and models are found by a key that holds ENGINE and not the code, so a change of
-arithmetic that nobody noticed would mix numbers of two engines."""
+of `recipes` for classifiers, of `clip` for models of pairs, of `models` for the mini models; then `python
+tests/test_witness.py` writes the numbers again. Finished points and models are found by a key that holds ENGINE and
+not the code, so a change of arithmetic that nobody noticed would mix numbers of two engines."""
 import json, os, platform, sys, tempfile
 from pathlib import Path
 import pytest
@@ -19,7 +19,7 @@ def machine():
         cpu = next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
     except (OSError, StopIteration):
         cpu = platform.processor()
-    packages = ('torch', 'timm', 'diffusers', 'transformers', 'numpy')
+    packages = ('torch', 'timm', 'open_clip_torch', 'diffusers', 'transformers', 'numpy')
     return dict(cpu=cpu, arch=platform.machine(), **{p: version(p) for p in packages})
 
 def points(study):
@@ -55,15 +55,33 @@ def minis(study):
                 out[f'{name}/{f.parent.name}'] = sums
     return out
 
+def pairs():
+    "Zero-shot and retrieval losses of two models of pairs."
+    from ruamel.yaml import YAML
+    from synthscale.clip import run_point
+    from synthscale.curves import Point
+    from synthscale.pools import write_pool
+    from synthscale.smoke import smoke_params, smoke_study, with_pairs
+    from synthscale.study import Study
+    study, out = Study(smoke_study('data')), {}
+    with open(study.dir/'params.yaml', 'w') as f:
+        YAML().dump(with_pairs(smoke_params()), f)
+    write_pool(Study(study.dir), 'words')
+    for n, seed in ((40, 0), (80, 1)):
+        r = run_point(study.dir, Point('small', 'rendered', '', n, 0, seed, captions='words'))
+        found = {t: [m['loss'], m['ece']] for t, m in r['tests'].items()}
+        out[f'{n} seed {seed}'] = found | {t: [m['loss']] for t, m in r['retrieval'].items()}
+    return out
+
 def measured():
     "The numbers of the code as it is."
     os.environ['OMP_NUM_THREADS'] = '1'
-    from synthscale import models, recipes
+    from synthscale import clip, models, recipes
     from synthscale.smoke import smoke_study
     from synthscale.study import Study
     study = Study(smoke_study('data'))
-    engines = dict(recipes=recipes.ENGINE, models=models.ENGINE)
-    return dict(machine=machine(), engines=engines, points=points(study), models=minis(study))
+    engines = dict(recipes=recipes.ENGINE, clip=clip.ENGINE, models=models.ENGINE)
+    return dict(machine=machine(), engines=engines, points=points(study), pairs=pairs(), models=minis(study))
 
 def flat(d, at=''):
     "Nested dicts and lists of numbers as one dict."
@@ -72,11 +90,11 @@ def flat(d, at=''):
         out |= flat(x, f'{at}{name}: ') if isinstance(x, (dict, list)) else {f'{at}{name}': x}
     return out
 
-@pytest.mark.parametrize('what', ['points', 'models'])
+@pytest.mark.parametrize('what', ['points', 'pairs', 'models'])
 def test_arithmetic_is_that_of_the_committed_numbers(what):
     "Equal to the bit on the machine type that made them, to a thousandth elsewhere."
     then, now = json.loads(FILE.read_text()), now_()
-    engine = {'points': 'recipes', 'models': 'models'}[what]
+    engine = {'points': 'recipes', 'pairs': 'clip', 'models': 'models'}[what]
     assert then['engines'][engine] == now['engines'][engine], \
         'ENGINE was raised: python tests/test_witness.py writes the numbers again'
     a, b, same = flat(then[what]), flat(now[what]), then['machine'] == now['machine']
@@ -88,7 +106,7 @@ def test_arithmetic_is_that_of_the_committed_numbers(what):
                        f'code, or raise ENGINE in synthscale.{engine} and run python tests/test_witness.py')
 
 def now_(found={}):
-    "Measured once for both tests."
+    "Measured once for all tests."
     if not found:
         found.update(measured())
     return found
