@@ -11,7 +11,7 @@ from .study import Count, Ident, Key, Positive, Rate, Section, Study, StudyError
 
 # %% auto #0
 __all__ = ['EvalSpec', 'OneSetCurve', 'MixtureCurve', 'ClassifySection', 'CurveSpec', 'is_synthetic', 'label_curves_of', 'Point',
-           'curve_points', 'checked_sizes', 'samples_of', 'ScoredSet', 'QualitySection', 'scored_sets']
+           'curve_points', 'checked_sizes', 'samples_of', 'ScoredSet', 'ClipScore', 'QualitySection', 'scored_sets']
 
 # %% ../nbs/00g_curves.ipynb #a3000007
 _Sizes = Annotated[list[Count], Field(min_length=1)]
@@ -226,6 +226,10 @@ class ScoredSet(Section):
     n_images: Union[Positive, None] = None     # null: quality.n_images
     balance: Union[_Balance, None] = None      # null: quality.balance
 
+class ClipScore(Section):
+    "The CLIP score of a set that is scored."
+    model: Ident                     # under models, of open_clip: its task is zero-shot-image-classification
+
 class QualitySection(Section):
     "Which evaluators score the images, and how many images of each set."
     n_images: Positive = 2000        # of each set: the first ones of the class-balanced order of seed 0
@@ -233,8 +237,7 @@ class QualitySection(Section):
     in_domain_evaluator: Ident = ''  # trained on artificial images: measures whether the concept is there; empty: none
     balance: _Balance = 'equal'      # as many images of each class; own: the class shares of the set itself
     n_compared: Positive = 2000      # images of a set, and as many real ones, of which distances are taken at most
-    clip: Annotated[str, Field(pattern=r'^models/[A-Za-z0-9_+-]+$')] = ''     # models/NAME: the CLIP score of sets
-                                     # whose images have captions, by a model of open_clip; left out: no such score
+    clip: dict[Key, ClipScore] = {}  # set whose images have captions, or source -> what scores it
     bootstrap: Count = 200           # halves of the images that intervals are taken from; 0: no intervals
     sets: dict[Key, ScoredSet] = {}
 

@@ -17,7 +17,8 @@ from .inputs import (FilesSpec, FolderSpec, HubImagesSpec, ImagesSpec, PairsSpec
                                tile_entries, translate, usable)
 from .pairs import pair_samples
 from .pixels import Limits, NearHashes, difference_hash
-from .shards import balanced_order, check_set, encode_png, file_names, sample_grid, write_set
+from .shards import (balanced_order, check_locked, check_set, encode_png, file_names, sample_grid,
+                               write_set)
 from .study import (Count, Ident, Key, Positive, Rate, Section, Study, StudyError, nearest, write_atomic,
                               write_csv)
 
@@ -396,6 +397,7 @@ def build_set(study: Study,  # the study
     m = write_set(folder, watched(), classes, study.data.shard_size, total)
     try:
         check_set(m, name, classes, getattr(spec, 'fewer_classes', False))
+        check_locked(m, name, getattr(spec, 'locked', {}))
     except StudyError:
         shutil.rmtree(folder)                # nobody is to find it
         raise

@@ -4,11 +4,12 @@
 
 # %% ../nbs/00e_hashing.ipynb #a1000004
 from __future__ import annotations
-import ast, copy, functools, hashlib
+import ast, copy, functools, hashlib, json, re
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['canonical', 'code_hash', 'code_text', 'package_data', 'imported', 'data_files', 'closure', 'closure_hashes']
+__all__ = ['canonical', 'code_hash', 'code_text', 'package_data', 'imported', 'data_files', 'closure', 'closure_hashes',
+           'package_code']
 
 # %% ../nbs/00e_hashing.ipynb #a1000007
 _SOME_VERSIONS = ('type_params', 'kind', 'type_comment')      # fields of some versions of Python, empty in this code
@@ -183,3 +184,13 @@ def closure_hashes(modules,    # names to begin with
     lost = [f for f, p in files.items() if not p.exists()]
     if lost: raise FileNotFoundError(f'{files[lost[0]]}: a module reads this data file, which is not in the package')
     return {k: _file_hash(str(p), p.stat().st_mtime_ns) for k, p in sorted(files.items())}
+
+def package_code(folder    # of the package
+                ) -> dict:
+    "Where numbers come from: the version of a package and a hash of what all of its modules mean."
+    folder = Path(folder)
+    modules = sorted(p.stem for p in folder.glob('*.py') if not p.stem.startswith('_'))
+    about = folder/'__init__.py'
+    found = re.search("__version__ = ['\"](.+)['\"]", about.read_text(encoding='utf-8') if about.exists() else '')
+    every = json.dumps(closure_hashes(modules, folder), sort_keys=True)
+    return dict(version=found[1] if found else '', sha256=hashlib.sha256(every.encode()).hexdigest())

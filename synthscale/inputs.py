@@ -43,6 +43,8 @@ class ImagesSpec(Section):
     fewer_classes: bool = False      # true for a test set of some classes (ImageNet-R has 200); else all must occur
     hold_out: dict[Ident, Positive] = {}           # new split -> images, random and class-balanced, from hold_out_from
     hold_out_from: Ident = 'train'
+    locked: dict[Ident, str] = {}    # split -> hash of its images (`split_hash`): other ones are then an error, so that
+                                     # nobody chooses a test set twice
     duplicates: Literal['keep', 'drop'] = 'keep'   # drop: images whose pixels occurred before in the set, in any split
     unreadable: Literal['error', 'skip'] = 'error' # of a damaged image, and of a pair without caption or image;
                                      # runs/data/NAME/left_out.csv lists skipped ones

@@ -12,6 +12,7 @@ from .study_curves import curves_of
 from .damage import damaged_pairs
 from .data import DigitsSpec, MnistDigitsSpec, RenderedDigitsSpec, damage_of
 from .generate import source_spec
+from .hashing import package_code
 from .laws import fit_ranges
 from .backbones import BackboneSpec, backbone_faults, class_indices, own_names
 from .models import CLIP_TASK, HubFiles, HubSpec, LocalSpec, task_of
@@ -390,10 +391,10 @@ def _check_evaluators(c):
         name = getattr(s.quality, k)
         if not name: continue
         c.ref(f'quality.{k}', name, s.evaluators, 'evaluator under evaluators')
-    if s.quality.clip:
-        name = s.quality.clip.removeprefix('models/')
-        c.ref('quality.clip', name, s.models, 'model under models')
-        _check_task(c, 'quality.clip', name, [CLIP_TASK])
+    for n, of in s.quality.clip.items():
+        c.ref('quality.clip', n, scored_sets(s), 'source, or set under quality.sets')
+        c.ref(f'quality.clip.{n}.model', of.model, s.models, 'model under models')
+        _check_task(c, f'quality.clip.{n}.model', of.model, [CLIP_TASK])
     for n in s.quality.sets:
         c.ref('quality.sets', n, s.data.sets, 'set under data.sets')
 
@@ -649,6 +650,7 @@ def _clip_dump(study, curves):
                 asked={k: made[k] for k in ('zero_shot', 'attributes', 'retrieval')},
                 curves={n: _dump(c) | dict(recipe_name=c.recipe, recipe=recipes[c.recipe]) for n, c in curves.items()})
 
+# %% ../nbs/10_params.ipynb #90bffa48
 def resolved(study: Study    # checked
             ) -> dict:       # contents of build/params.json
     "All parameters of a study with their defaults, as its stages depend on them."
@@ -680,5 +682,6 @@ def params_json(study: Study    # checked
                ) -> str:
     "The text of build/params.json; the same study gives the same text."
     seen = study.path('params.yaml')
-    out = resolved(study) | {'params_yaml': file_sha256(seen) if seen.exists() else ''}      # what a run compares with
+    out = resolved(study) | dict(params_yaml=file_sha256(seen) if seen.exists() else '',      # what a run compares with
+                                 code=package_code(study.package))
     return json.dumps(out, indent=1, ensure_ascii=False)+'\n'

@@ -18,7 +18,7 @@ from .study import Study, StudyError, nearest, write_csv
 # %% auto #0
 __all__ = ['recognizability', 'recognized', 'diversity', 'spread', 'share_interval', 'class_intervals', 'judged', 'class_scores',
            'references', 'equal_parts', 'distances', 'class_distances', 'repeated', 'duplicate_rate', 'looks', 'near',
-           'copies_of', 'score_set']
+           'copies_of', 'metric_rows', 'score_set']
 
 # %% ../nbs/05_quality.ipynb #844f0160
 def recognizability(labels,          # class each image was made for
@@ -232,7 +232,7 @@ _COLUMNS = ['class', 'metric', 'value', 'n', 'n_reference', 'ci_lo', 'ci_hi', 'n
 _AT_LEAST_0 = ('frechet_distance', 'density', 'diversity', 'diversity_recognized', 'clip_score')
 _SHARES = ('precision', 'recall', 'coverage', 'recognizability_real', 'recognizability_in_domain')
 
-def _rows(study, metrics, n, n_reference=0, network='', reference='', note=''):
+def metric_rows(study, metrics, n, n_reference=0, network='', reference='', note=''):
     "Rows of metrics that are (values, lo, hi) of each class and of all."
     rows = []
     for metric, (values, lo, hi) in metrics.items():
@@ -251,8 +251,8 @@ def _judged_rows(study, which, found, labels, counts, seed):
     scores = class_scores(study, which, found, labels, seed)
     right = np.bincount(labels[found['named'] == labels], minlength=len(study.study.classes))
     split = {k: scores.pop(k) for k in ('diversity_recognized',) if k in scores}
-    return [_rows(study, scores, counts, network=found['network']),
-            _rows(study, split, np.append(right, right.sum()), network=found['network'])]
+    return [metric_rows(study, scores, counts, network=found['network']),
+            metric_rows(study, split, np.append(right, right.sum()), network=found['network'])]
 
 # %% ../nbs/05_quality.ipynb #cfd4f03d
 def _per_class(yes, labels, n):
@@ -265,7 +265,7 @@ def _duplicate_rows(study, name, split, images, hashes, labels, counts):
     "Rows of exact and near duplicates within the set, against the training images and against the test images."
     n, none, e = len(study.study.classes), np.full(len(counts), np.nan), study.classify.eval
     within = dict(duplicate_rate=repeated(hashes), near_duplicate_rate=near(looks(images), bits=study.data.near_bits))
-    out = [_rows(study, {k: (_per_class(v, labels, n), none, none) for k, v in within.items()}, counts,
+    out = [metric_rows(study, {k: (_per_class(v, labels, n), none, none) for k, v in within.items()}, counts,
                  note='grows with n: no interval')]
     own = read_manifest(study.set_dir(e.set)).split.unique()
     for kind, splits in (('train', ['train']), ('test', [s for s in e.test_splits if e.set_of(s) == e.set])):
@@ -273,12 +273,13 @@ def _duplicate_rows(study, name, split, images, hashes, labels, counts):
         splits = [s for s in splits if s in own and (name, split) != (e.set, s)]
         reference = f'{e.set}: {", ".join(splits)}' if splits else ''
         if not splits:
-            out.append(_rows(study, dict.fromkeys(names, (none, none, none)), counts, note=f'no other {kind} images'))
+            empty = dict.fromkeys(names, (none, none, none))
+            out.append(metric_rows(study, empty, counts, note=f'no other {kind} images'))
             continue
         *found, many = copies_of(study, splits, images)
         shares = [_per_class(f, labels, n) for f in found]
         found = {k: (s, *share_interval(s, counts)) for k, s in zip(names, shares)}
-        out.append(_rows(study, found, counts, many, reference=reference))
+        out.append(metric_rows(study, found, counts, many, reference=reference))
     return out
 
 def _distance_rows(study, name, split, found, labels, balance, counts, seed):
@@ -291,31 +292,15 @@ def _distance_rows(study, name, split, found, labels, balance, counts, seed):
             none = np.full(n+1, np.nan)
             empty = {k+suffix: (none, none, none) for k in distances(*np.zeros((2, 0, 1)), [])}
             note = 'the reference itself' if len(m) else f'set {set_} has no split {part}'
-            out.append(_rows(study, empty, counts, network=found['network'], note=note))
+            out.append(metric_rows(study, empty, counts, network=found['network'], note=note))
             continue
         rows = order_of(m.label.to_numpy(), study.seed('order', set_, 0), balance)[:q.n_compared]
         real = load_set(folder, part, rows=rows)
         feats = judged(study, 'real', real.images)['feats']
         values, used = class_distances(feats, real.labels, found['feats'], labels, n, q.n_compared, q.bootstrap, seed)
-        out.append(_rows(study, {k+suffix: v for k, v in values.items()}, used, used, found['network'],
+        out.append(metric_rows(study, {k+suffix: v for k, v in values.items()}, used, used, found['network'],
                          f'{set_}: {part}'))
     return out
-
-# %% ../nbs/05_quality.ipynb #5255f919
-def _clip_rows(study, rows, images, labels, counts, seed):
-    "Rows of the CLIP score; without a value where the set has no captions."
-    from synthscale.zero_shot import caption_scores, load_open_clip
-    q, n, network = study.quality, len(study.study.classes), study.quality.clip.partition('/')[2]
-    if not rows.caption.astype(bool).any():
-        none = np.full(n+1, np.nan)
-        return _rows(study, dict(clip_score=(none, none, none)), counts, network=network, note='no captions')
-    m = load_open_clip(study.path(q.clip))
-    each = caption_scores(m, images, rows.caption.tolist(), rows.key.tolist())
-
-    def measure(i):
-        made, total = np.bincount(labels[i], minlength=n), np.bincount(labels[i], each[i], n)
-        return dict(clip_score=np.divide(total, made, out=np.full(n, np.nan), where=made > 0))
-    return _rows(study, class_intervals(measure, labels, q.bootstrap, seed), counts, network=network)
 
 # %% ../nbs/05_quality.ipynb #8972f6e2
 def score_set(study: Study,  # the study
@@ -337,8 +322,6 @@ def score_set(study: Study,  # the study
         tables += _judged_rows(study, which, found, labels, counts, seed)
         if which == 'real':
             tables += _distance_rows(study, name, spec.split, found, labels, spec.balance, counts, seed)
-    if q.clip:
-        tables.append(_clip_rows(study, s.manifest.iloc[i], images, labels, counts, seed))
     tables += _duplicate_rows(study, name, spec.split, images, s.manifest.sha256.iloc[i], labels, counts)
     df = pd.concat([t for t in tables if len(t)], ignore_index=True)
     df.insert(0, 'set', name)

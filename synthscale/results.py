@@ -260,6 +260,12 @@ def _read(study, stage, name, file):
     if not path.exists(): raise StudyError(f"{path}: no such file; 'dvc repro {_maker(study, stage, name)}' makes it")
     return read_table(path)
 
+def _clip_scores(study, name):
+    "The CLIP score of one set."
+    path = study.path('runs', 'quality', f'{name}.clip.csv')
+    if not path.exists(): raise StudyError(f"{path}: no such file; 'dvc repro clip_scores@{name}' makes it")
+    return read_table(path)
+
 def _sources(study):
     "The names of the sources."
     return list(study.raw.get('generate', {}).get('sources', {}))
@@ -316,13 +322,16 @@ def collect(study: Study   # the study
     trained = dict.fromkeys([*curves, *_sources(study)])
     prune(study.path('runs', 'classify'), trained)
     prune(study.path('runs', 'clip'), trained)
-    prune(study.path('runs', 'quality'), scored)
+    judged = list(study.quality.clip)
+    prune(study.path('runs', 'quality'), [*scored, *(f'{n}.clip.csv' for n in judged)])
+    prune(study.path('runs', 'clip_scores'), judged)
     prune(study.path('runs', 'data'), study.sets)
     own = {k: list(study.raw.get(k, {})) for k in ('models', 'evaluators', 'filters', 'merged')}
     own['prompts'] = [n for k in ('sets', 'written', 'captions') for n in study.raw.get('prompts', {}).get(k) or {}]
     own['pools'] = list(study.raw.get('clip', {}).get('pools') or {})
-    prune_costs(study.path('runs', 'costs'), own | dict(data=list(study.data.sets), generate=_sources(study),
-                                                        quality=scored, classify=list(trained), clip=list(trained)))
+    own |= dict(data=list(study.data.sets), generate=_sources(study), quality=scored, clip_scores=judged,
+                classify=list(trained), clip=list(trained))
+    prune_costs(study.path('runs', 'costs'), own)
 
     def join(stage, names, file):
         return pd.concat([_read(study, stage, n, file) for n in names], ignore_index=True)
@@ -335,6 +344,8 @@ def collect(study: Study   # the study
     write_csv(out/'summary.csv', summary(df, check))
     none = pd.DataFrame(columns=['set', 'class', 'metric', 'value', 'n'])
     scores = join('quality', scored, 'quality.csv') if scored else none
+    if judged:
+        scores = pd.concat([scores, *(_clip_scores(study, n) for n in judged)], ignore_index=True)
     write_csv(out/'quality.csv', scores)
     join('classify', curves, 'per_class.parquet').to_parquet(out/'per_class.parquet', index=False)
     pairs = [n for n, c in curves_of(study).items() if c.captions]

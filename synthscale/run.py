@@ -12,16 +12,15 @@ from .doctor import check_name, doctor, holder, keep_good, repro
 from .hashing import closure_hashes
 from .stages import (RUN_HEADING, code_only, live_notebook, modules_of, normalise, notebook_bytes,
                                stage_notebooks, stage_of as stage_of, without_directives)
-from .study import (Study, StudyError, die_with_parent, file_sha256, nearest, repo_root, write_atomic,
-                              write_csv)
+from .study import (INSTALLED, Study, StudyError, die_with_parent, file_sha256, nearest, package_root,
+                              repo_root, write_atomic, write_csv)
 import nbformat
 
 # %% auto #0
 __all__ = ['TOOLS', 'prepare', 'read_prepared', 'check_code', 'check_prepared', 'declared_parameters', 'typed_value',
-           'check_parameters', 'one_writer', 'executed_path', 'execute', 'stage_key', 'cost', 'run_stage',
-           'package_root', 'run_alone', 'readme_text', 'refresh', 'readme', 'check_new', 'new_study', 'plan',
-           'generate_shards', 'verify', 'train', 'write_class_table', 'look', 'check', 'explain', 'clip_export',
-           'agree', 'write_clip_benchmark', 'main']
+           'check_parameters', 'one_writer', 'executed_path', 'execute', 'stage_key', 'cost', 'run_stage', 'run_alone',
+           'readme_text', 'refresh', 'readme', 'check_new', 'new_study', 'plan', 'generate_shards', 'verify', 'train',
+           'write_class_table', 'look', 'check', 'explain', 'clip_export', 'agree', 'write_clip_benchmark', 'main']
 
 # %% ../nbs/00a_run.ipynb #939b9f30
 _PROMPTS = ('Class tables and files of prompts that params.yaml names (`prompts.classes`, `prompts.sets.NAME.file`). '
@@ -31,12 +30,16 @@ def prepare(study: Study    # its build/nbs and build/params.json are rewritten
            ) -> list:       # the code-only copies
     "Check params.yaml; write it with its defaults to build/params.json, and the stages' code-only copies to build/nbs."
     from synthscale.params import check_study, params_json
+    from synthscale.why import stale_code
     write_atomic(study.path('build', 'params.json'), params_json(check_study(study)))
     out, keep = study.path('build', 'nbs'), []
     for p in stage_notebooks(study.root/'nbs').values():
-        nb = live_notebook(study.root, p.name)
+        nb = live_notebook(study.root, p.name, study.package)
         if nb is not None:
             keep.append(write_atomic(out/p.name, notebook_bytes(nb)))
+    if stale := stale_code(study):
+        print('other code than in the last run, so these stages will run again: '
+              +'; '.join(f"{s} ({', '.join(names)})" for s, names in stale.items()))
     for p in out.glob('*'):
         if p not in keep:
             p.unlink()
@@ -215,13 +218,15 @@ def cost(before,        # resource usage of children before the run
 
 # Words of the command line that are no stages; see below.
 TOOLS = ('prepare', 'repro', 'doctor', 'check', 'why', 'plan', 'generate-shards', 'verify', 'train', 'class-table',
-         'clip-benchmark', 'compare', 'clip-export', 'readme', 'refresh', 'new-study')
+         'clip-benchmark', 'compare', 'clip-export', 'readme', 'refresh', 'new-study',
+         'new')
 
 def _run_prepared(study, stage, nb, values, out):
     "Execute a prepared notebook; write it and what it cost."
     import resource, time
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
-    paths = os.pathsep.join([str(study.root), os.environ.get('PYTHONPATH', '')]).rstrip(os.pathsep)
+    own = [] if study.raw.get('root') == INSTALLED else [str(study.root)]       # the study's package before others
+    paths = os.pathsep.join([*own, os.environ.get('PYTHONPATH', '')]).rstrip(os.pathsep)
     os.environ.update(PYTHONPATH=paths, PYTHONHASHSEED='0', PYTHONWARNINGS='ignore:IProgress')   # tqdm wants widgets
     failed = study.path('build', 'failed', f'{stage}-{out.name}.ipynb')
     done = execute(nb, {**values, 'study_dir': '.'}, study.dir, failed)
@@ -241,7 +246,7 @@ def run_stage(stage: str,            # e.g. 'classify'
     if stage not in every: raise StudyError(f"no stage {stage!r}{nearest(stage, [*every, *TOOLS])}")
     path = study.path('build', 'nbs', every[stage].name)
     nb = read_prepared(path)
-    check_code(nb, f'build/nbs/{path.name}', study.root/'synthscale')
+    check_code(nb, f'build/nbs/{path.name}', study.package)
     check_prepared(study)
     values = check_parameters(nb, given or {}, path.name)
     out = executed_path(study, stage, values)
@@ -249,11 +254,6 @@ def run_stage(stage: str,            # e.g. 'classify'
         return _run_prepared(study, stage, nb, values, out)
 
 # %% ../nbs/00a_run.ipynb #52235e10
-def package_root() -> Path:
-    "The repository that this package was imported from."
-    import synthscale
-    return Path(synthscale.__file__).resolve().parent.parent
-
 def run_alone(stage: str,      # a stage whose notebook takes `curves` and `out`
               given: dict      # parameter -> text; `out` names the folder that is written
              ) -> Path:
@@ -565,6 +565,30 @@ def _add_clip_benchmark(tool):
     one.add_argument('--retrieval', action='store_true', help='captions in the place of class names')
 
 # %% ../nbs/00a_run.ipynb #c0000010
+def _minutes(text):
+    "Minutes of a time like 90s, 30m or 2h."
+    found = re.fullmatch(r'(\d+(?:\.\d+)?)([smh]?)', text)
+    if not found: raise argparse.ArgumentTypeError(f'{text!r}: expected a time like 90s, 30m or 2h')
+    return float(found[1])*dict(s=1/60, m=1, h=60)[found[2] or 'm']
+
+def _add_new(tool):
+    "The tool that writes a study of one's own photographs."
+    def run(a):
+        from synthscale.new import Task, new_task
+        new_task(Task(Path(a.folder), Path(a.images), a.test and Path(a.test), a.ood and Path(a.ood),
+                      [Path(c) for c in a.candidates], a.image_size, a.budget, a.seeds))
+    one = tool('new', "a study of your own photographs, anywhere: what is in them, a plan and its price", run)
+    one.add_argument('folder', help='of the study; it is made')
+    one.add_argument('--images', required=True, metavar='DIR', help='photographs, in one folder per class')
+    one.add_argument('--test', metavar='DIR', help='others to test on (default: some are set aside)')
+    one.add_argument('--ood', metavar='DIR', help='others from elsewhere, a second test')
+    one.add_argument('--candidates', action='append', default=[], metavar='DIR',
+                     help='generated images that exist already; may be repeated')
+    one.add_argument('--image-size', type=int, default=32, metavar='N', help='pixels per side (default: %(default)s)')
+    one.add_argument('--budget', type=_minutes, default=30., metavar='TIME', help='90s, 30m, 2h (default: 30m)')
+    one.add_argument('--seeds', type=int, default=3, metavar='N', help='runs of each point (default: %(default)s)')
+
+# %% ../nbs/00a_run.ipynb #1ce0c704
 def _tools():
     "The parser of the tools, one subcommand each."
     p = argparse.ArgumentParser('synthscale', description='Tools around a study. Any other first word is a stage: '
@@ -615,6 +639,7 @@ def _tools():
     tool('readme', 'README.md from nbs/index.ipynb', lambda a: readme(a.study))
     tool('refresh', 'execute a notebook and keep its outputs', lambda a: refresh(a.notebook)).add_argument('notebook')
     tool('new-study', 'lay out a study folder', lambda a: new_study(a.folder)).add_argument('folder')
+    _add_new(tool)
     return p
 
 # %% ../nbs/00a_run.ipynb #ba80fa3d

@@ -19,8 +19,8 @@ from .study import StudyError, atomic_file, file_sha256, nearest, write_atomic
 __all__ = ['COLUMNS', 'encode_image', 'encode_png', 'decode', 'write_shard', 'tar_samples', 'replace_folder', 'caption_lines',
            'write_manifest', 'manifest_differs', 'write_set', 'check_manifest', 'check_folder', 'read_manifest',
            'left_out_keys', 'check_keys', 'read_shard', 'ShardImages', 'open_images', 'join', 'ImageSet', 'load_set',
-           'by_class', 'balanced_order', 'own_order', 'order_of', 'check_subset', 'subset', 'file_names', 'check_set',
-           'sample_grid']
+           'by_class', 'balanced_order', 'own_order', 'order_of', 'check_subset', 'subset', 'file_names', 'split_hash',
+           'check_locked', 'check_set', 'sample_grid']
 
 # %% ../nbs/00c_shards.ipynb #764070c0
 def _pillow(image):
@@ -624,6 +624,26 @@ def file_names(m: pd.DataFrame   # rows of a manifest
     "What messages call images: the files that they were made of, where the manifest has them, else their keys."
     return m['file'].where(m['file'].notna() & (m['file'] != ''), m.key) if 'file' in m else m.key
 
+# %% ../nbs/00c_shards.ipynb #daaf8f98
+def split_hash(m: pd.DataFrame,   # manifest
+               split: str         # of it
+              ) -> str:
+    "A hash of the images of a split, in whatever order they are."
+    rows = m[m.split == split]
+    return hashlib.sha256(json.dumps(sorted(zip(rows.sha256, rows.label.tolist()))).encode()).hexdigest()
+
+def check_locked(m: pd.DataFrame,  # manifest
+                 name: str,        # of the set
+                 locked: dict      # split -> hash of its images, as it was written down
+                ):
+    "Raise `StudyError` where a split has other images, or other labels, than when it was locked."
+    for split, then in locked.items():
+        if split_hash(m, split) == then: continue
+        raise StudyError(f"data.sets.{name}.locked: split {split!r} has other images or labels than when it was locked "
+                         f"({(m.split == split).sum()} images now); bring back the files that were there, or, if you "
+                         "mean to test on others, take the lock out: then what was measured before is of another test")
+
+# %% ../nbs/00c_shards.ipynb #e61bcafa
 def check_set(m: pd.DataFrame,    # manifest
               name: str,          # of the set
               classes: list,      # of the study

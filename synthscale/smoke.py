@@ -8,7 +8,7 @@ import functools, pkgutil, shutil, tempfile
 from operator import attrgetter
 from pathlib import Path
 import pandas as pd
-from .study import Study, read_yaml, repo_root
+from .study import Study, package_root, read_yaml
 
 # %% auto #0
 __all__ = ['font_table', 'make_inputs', 'smoke_inputs', 'smoke_params', 'smoke_text_models', 'with_pairs', 'run_smoke',
@@ -118,8 +118,7 @@ def _smoke_sources() -> dict:
 # %% ../nbs/00b_smoke.ipynb #c3a882d2
 def smoke_params() -> dict:
     "params.yaml of the smoke study: the embedded study at sizes that run in seconds."
-    here = Path(__file__).parent if '__file__' in globals() else '.'
-    p = read_yaml(repo_root(here)/'params.yaml')
+    p = read_yaml(package_root()/'params.yaml')
     p['study'] |= dict(name='smoke', seed_names=dict(
         rendered='typeset', held_out='judge', real_classifier='judge_real', in_domain_classifier='judge_concept'))
     p['data']['sets'], p['prompts'] = _smoke_sets(), _smoke_prompts()

@@ -93,12 +93,13 @@ def stage_notebooks(folder    # of notebooks
     "Stage name -> notebook file, for all notebooks in a folder."
     return {stage_of(p): p for p in sorted(Path(folder).glob('[0-9]*_*.ipynb'))}
 
-def live_notebook(root,         # folder with nbs and synthscale
-                  name: str     # file name of a notebook
-                 ):             # None where it is no stage
+def live_notebook(root,           # folder with nbs
+                  name: str,      # file name of a notebook
+                  package=None    # folder of the modules; None: synthscale, beside nbs
+                 ):               # None where it is no stage
     "The code-only copy of a notebook as the code is now."
     root = Path(root)
-    return code_only(nbformat.read(root/'nbs'/name, 4), stage_of(name), root/'synthscale')
+    return code_only(nbformat.read(root/'nbs'/name, 4), stage_of(name), package or root/'synthscale')
 
 # %% ../nbs/00h_stages.ipynb #951c7191
 def lock_stages(text: str    # of a dvc.lock; '' where there is none

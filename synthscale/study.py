@@ -13,9 +13,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 # %% auto #0
-__all__ = ['Ident', 'Key', 'Count', 'Positive', 'Rate', 'SECTIONS', 'StudyError', 'FatalError', 'nearest', 'Section', 'StudyInfo',
-           'fields_at', 'validated', 'read_yaml', 'section_class', 'Study', 'repo_root', 'derive_seed', 'atomic_file',
-           'write_atomic', 'link_or_copy', 'file_sha256', 'write_csv', 'note_made', 'made_before', 'die_with_parent']
+__all__ = ['Ident', 'Key', 'Count', 'Positive', 'Rate', 'SECTIONS', 'INSTALLED', 'StudyError', 'FatalError', 'nearest', 'Section',
+           'StudyInfo', 'fields_at', 'validated', 'read_yaml', 'section_class', 'package_root', 'Study', 'repo_root',
+           'derive_seed', 'atomic_file', 'write_atomic', 'link_or_copy', 'file_sha256', 'write_csv', 'note_made',
+           'made_before', 'die_with_parent']
 
 # %% ../nbs/00_study.ipynb #30882720
 def _short_repr(value):
@@ -187,6 +188,20 @@ def section_class(name: str    # of a section
     module, _, cls = SECTIONS[name].partition('.')
     return getattr(importlib.import_module(f'synthscale.{module}'), cls)
 
+# %% ../nbs/00_study.ipynb #31080d4a
+INSTALLED = 'package'      # as `root` of a study: its code is the package that is installed, wherever that is
+
+def _package():
+    "The folder of this package."
+    import synthscale
+    return Path(synthscale.__file__).resolve().parent
+
+def package_root() -> Path:
+    "The folder that holds this package's notebooks and pipeline: the clone, or what the wheel brought along."
+    brought = _package()/'_study'
+    return brought if brought.is_dir() else _package().parent
+
+# %% ../nbs/00_study.ipynb #610bd0f6
 class Study:
     "A study folder: its typed sections (attributes `study`, `data`, `models`, ...), its paths and its seeds."
     def __init__(self,
@@ -197,8 +212,11 @@ class Study:
         self.file = _short(self.dir/'params.yaml')
         self.raw = read_yaml(self.dir/'params.yaml') if data is None else data
         root = self.raw.get('root', '.')
-        if not isinstance(root, str): raise StudyError.at(f'{self.file}: root', root, 'the path of the repository')
-        self.root = (self.dir/root).resolve()
+        if not isinstance(root, str):
+            raise StudyError.at(f'{self.file}: root', root, f'the path of the repository, or {INSTALLED!r}')
+        own = root == INSTALLED
+        self.root = package_root() if own else (self.dir/root).resolve()      # of nbs/
+        self.package = _package() if own else self.root/'synthscale'          # of the modules
         self._typed = {}
 
     def __getattr__(self, name):

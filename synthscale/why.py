@@ -4,16 +4,16 @@
 
 # %% ../nbs/10a_why.ipynb #a5000004
 from __future__ import annotations
-import io, subprocess, tarfile, tempfile
+import hashlib, io, subprocess, tarfile, tempfile
 from pathlib import Path
 import nbformat
 import pandas as pd
 from .params import resolved
 from .stages import live_notebook, lock_stages
-from .study import Study, StudyError, nearest
+from .study import INSTALLED, Study, StudyError, nearest
 
 # %% auto #0
-__all__ = ['git_files', 'lock_entry', 'code_changes', 'parameter_changes', 'input_changes', 'why']
+__all__ = ['git_files', 'lock_entry', 'code_changes', 'parameter_changes', 'input_changes', 'why', 'stale_code']
 
 # %% ../nbs/10a_why.ipynb #a5000007
 def git_files(root,          # the repository
@@ -108,6 +108,8 @@ def _code_then(study, entry, rev):
     "The code-only notebook that a stage ran, or that a commit would have run; None: not known."
     path, md5 = _notebook_of(entry)
     if not rev: return _kept(study, md5)
+    if study.raw.get('root') == INSTALLED and not (study.root/'.git').exists():
+        raise StudyError(f'{study.file}: root is {INSTALLED!r}, and an installed package has no commits')
     with tempfile.TemporaryDirectory() as d:
         git_files(study.root, rev, d)
         return live_notebook(d, Path(path).name)
@@ -121,8 +123,20 @@ def why(study: Study,        # the study
     path, _ = _notebook_of(entry)
     rows = []
     if path:
-        now = live_notebook(study.root, Path(path).name)
+        now = live_notebook(study.root, Path(path).name, study.package)
         rows += [dict(what=w, name=n) for w, n in code_changes(_code_then(study, entry, rev), now)]
     rows += [dict(what='parameter', name=k, before=a, now=b) for k, a, b in parameter_changes(entry, resolved(study))]
     rows += [dict(what='input', name=p, now=w) for p, w in input_changes(study, stage, entry, rev)]
     return pd.DataFrame(rows, columns=['what', 'name', 'before', 'now'], dtype=object).fillna('')
+
+def stale_code(study: Study    # prepared
+              ) -> dict:       # stage, without what is behind its @ -> modules, data files and cells that differ
+    "Which stages ran other code, the last time, than has been prepared now."
+    lock, out = study.path('dvc.lock'), {}
+    for name, entry in lock_stages(lock.read_text() if lock.exists() else '').items():
+        path, md5 = _notebook_of(entry)
+        if not path or not study.path(path).exists(): continue
+        if hashlib.md5(study.path(path).read_bytes(), usedforsecurity=False).hexdigest() == md5: continue
+        now = nbformat.read(study.path(path), 4)
+        out.setdefault(name.partition('@')[0], [n for _, n in code_changes(_kept(study, md5), now)])
+    return out

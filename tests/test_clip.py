@@ -303,13 +303,13 @@ def test_pairs_in_the_pipeline(repo):
         p['laws']['compare'].append(['pairs_real', 'pairs_drawn'])
         p['report']['supervision'] = dict(labels=['digits'], captions=['pairs_real', 'pairs_drawn', 'pairs_both'])
         p['models']['judge'] = dict(type='local', input='judge', task='zero-shot-image-classification')
-        p['quality']['clip'] = 'models/judge'
+        p['quality']['clip'] = dict(words_g1=dict(model='judge'), names_g2=dict(model='judge'))
     edit(repo, add)
     save_clip(repo/'judge', build_clip(SPEC, 16, 3, 0), SPEC)
     made = ran(sh('dvc repro', repo))
-    assert made == {'prepare', 'pools@words', 'generate@words_g1', 'models@judge', 'quality_sources@names_g2',
-                    'quality_sources@words_g1', 'classify_sources@words_g1', 'clip@pairs_real', 'clip@pairs_drawn',
-                    'clip_mixtures@pairs_both', 'results', 'laws', 'report'}
+    assert made == {'prepare', 'pools@words', 'generate@words_g1', 'models@judge', 'clip_scores@names_g2',
+                    'clip_scores@words_g1', 'quality_sources@words_g1', 'classify_sources@words_g1',
+                    'clip@pairs_real', 'clip@pairs_drawn', 'clip_mixtures@pairs_both', 'results', 'laws', 'report'}
     assert ran(sh('dvc repro', repo)) == set()
     for table, column in (('curves', 'curve'), ('laws', 'curve'), ('comparisons', 'a'), ('pairs', 'curve')):
         assert 'pairs_real' in set(pd.read_csv(repo/'results'/f'{table}.csv')[column]), table

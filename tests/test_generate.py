@@ -51,7 +51,7 @@ def test_numbers_may_be_classes_and_prompts(tmp_path):
     d['data']['sets'] = {n: d['data']['sets'][n] for n in ('mnist', 'uci', 'rendered')}     # none damaged
     d['models'] = {'mini_sd': d['models']['mini_sd']}
     d['generate']['sources'] = {'plain': d['generate']['sources']['reference'] | {'prompts': 'names'}}
-    d['quality']['sets'], d['laws'], d['report'] = {}, {}, {}
+    d['quality']['sets'], d['laws'], d['report'], d['clip'] = {}, {}, {}, {}
     d['classify'] |= dict(curves={'mnist': d['classify']['curves']['mnist']}, mixtures={})
     s = check_study(Study(tmp_path, d))
     write_prompts(s)

@@ -24,6 +24,7 @@ def with_texts():
     p['models'] |= texts.pop('models')
     p['prompts'] |= texts
     p['clip'] = with_pairs(smoke_params())['clip']
+    p['quality']['clip'] = dict(rendered=dict(model='judge'))
     return p
 
 def write(d, place, names):

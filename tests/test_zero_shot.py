@@ -12,8 +12,8 @@ from hypothesis import given, settings, strategies as st
 from open_clip_train.train import get_clip_metrics
 from PIL import Image
 from safetensors.torch import save_file
-from synthscale.quality import score_set
 from synthscale.recipes import unpack_values
+from synthscale.clip_scores import score_captions
 from synthscale.shards import encode_png, load_set, subset
 from synthscale.smoke import smoke_study
 from synthscale.study import Study, StudyError
@@ -478,26 +478,22 @@ def test_pickled_weights_and_other_models_are_refused(tmp_path):
 
 # ---- the CLIP score of the quality stage
 
-def test_the_quality_stage_has_the_clip_score_of_captioned_sets(tmp_path):
+def test_the_clip_score_of_a_set_is_that_of_its_images_by_class(tmp_path):
     smoke = Study(smoke_study('data'))
     raw = copy.deepcopy(smoke.raw)
-    for k in ('real_evaluator', 'in_domain_evaluator'):
-        raw['quality'].pop(k)
-    raw['quality']['clip'] = 'models/clip'
+    raw['quality']['clip'] = {n: dict(model='clip') for n in ('rendered', 'digits')}
     for d in ('sets', 'data'):
         (tmp_path/d).symlink_to(smoke.path(d))
     (tmp_path/'models').mkdir()
     saved_clip(tmp_path/'models'/'clip', random_clip().net)
-    q = {k: score_set(Study(tmp_path, raw), k) for k in ('rendered', 'digits')}
-    found = {k: v[v.metric == 'clip_score'].set_index('class') for k, v in q.items()}
-    assert found['digits'].value.isna().all() and set(found['digits'].note) == {'no captions'}
-    score = found['rendered']
+    score = score_captions(Study(tmp_path, raw), 'rendered').set_index('class')
     assert set(score.network) == {'clip'} and ((score.ci_lo <= score.value) & (score.value <= score.ci_hi))['all']
     s = load_set(smoke.set_dir('rendered'), 'train')
     i = subset(s, int(score.loc['all', 'n']), smoke.seed('order', 'rendered', 0), 10)
     each = caption_scores(load_open_clip(tmp_path/'models'/'clip'), s.images[i], s.manifest.caption.iloc[i].tolist())
     by_class = [each[s.labels[i] == c].mean() for c in range(10)]
     assert np.allclose(score.value, [*by_class, np.mean(by_class)], atol=1e-4)
-    del raw['quality']['clip']
-    off = score_set(Study(tmp_path, raw), 'rendered')
-    assert off.equals(q['rendered'][q['rendered'].metric != 'clip_score'].reset_index(drop=True))
+    with pytest.raises(StudyError, match='quality.clip.digits: 60 of 60 images have no caption'):
+        score_captions(Study(tmp_path, raw), 'digits')
+    with pytest.raises(StudyError, match=r"not under quality.clip \(did you mean 'rendered'"):
+        score_captions(Study(tmp_path, raw), 'renderd')

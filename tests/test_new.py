@@ -1,0 +1,168 @@
+"A study of one's own photographs: what is refused, what is set aside, and that nothing stays of what fails."
+import shutil, zipfile, zlib
+from dataclasses import replace
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+from conftest import ROOT, edit, ran, sh
+from hypothesis import given, strategies as st
+from PIL import Image
+from synthscale.new import (Plan, Task, ambiguous, class_keys, look_into, new_task, params_text, pipeline, set_aside,
+                            sizes_of)
+from synthscale.params import problems
+from synthscale.shards import read_manifest
+from synthscale.study import Key, Study, StudyError
+from pydantic import TypeAdapter
+
+def photo(path, side=12):
+    "An image of noise that its place decides."
+    rng = np.random.default_rng(zlib.crc32('/'.join(path.parts[-2:]).encode()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path)
+
+def photos(folder, **classes):
+    "A folder with so many images of each class."
+    for c, n in classes.items():
+        for i in range(n):
+            photo(folder/c/f'{folder.name}{i}.png')
+    return folder
+
+@pytest.fixture(scope='module')
+def here(tmp_path_factory):
+    "Folders of photographs and of generated images."
+    d = tmp_path_factory.mktemp('own')
+    photos(d/'pets', cat=24, dog=24)
+    photos(d/'made', cat=30, dog=30)
+    photos(d/'one', cat=24)
+    photos(d/'three', cat=24, dog=3)
+    photos(d/'birds', owl=9)
+    photos(d/'more', cat=4, owl=4)
+    photos(d/'few', a=8, b=8, c=8, d=8, e=8)
+    photos(d/'uneven', cat=60, dog=12)
+    for i in range(3):
+        photo(d/'loose'/f'{i}.png')
+    (d/'empty').mkdir()
+    return d
+
+def task(here, tmp_path, **more):
+    "What the command asks for."
+    return replace(Task(tmp_path/'mine', here/'pets', image_size=12, minutes=5.), **more)
+
+WRONG = [
+    (lambda d: dict(images=d/'one'), 'one class'),
+    (lambda d: dict(images=d/'three'), "class 'dog' has 3 usable images, expected at least 6"),
+    (lambda d: dict(images=d/'loose'), '3 images beside each other'),
+    (lambda d: dict(images=d/'empty'), 'no image in it'),
+    (lambda d: dict(images=d/'not_there'), 'no such folder'),
+    (lambda d: dict(test=d/'more'), "owl is none of the photographs' classes"),
+    (lambda d: dict(ood=d/'birds'), "owl is none of the photographs' classes"),
+    (lambda d: dict(candidates=[d/'birds']), "owl is none of the photographs' classes"),
+    (lambda d: dict(candidates=[d/'not_there']), 'no such folder'),
+    (lambda d: dict(minutes=.01), 'the cheapest plan takes')]
+
+@pytest.mark.parametrize('more, says', WRONG, ids=[s[:30] for _, s in WRONG])
+def test_what_cannot_be_planned_is_said_and_leaves_nothing(here, tmp_path, more, says):
+    with pytest.raises(StudyError, match=says):
+        new_task(task(here, tmp_path, **more(here)))
+    assert not list(tmp_path.iterdir())
+
+def test_a_disk_that_is_too_small_is_said_and_leaves_nothing(here, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr('synthscale.new.shutil.disk_usage', lambda p: usage._replace(free=10**8))
+    with pytest.raises(StudyError, match='0.1 GB are free on this disk, and the study needs about 0.2'):
+        new_task(task(here, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+PLANS = [
+    (dict(candidates=['made']), dict(balance='equal', train=32, test=10, val=6)),
+    (dict(images='few'), dict(balance='equal', train=20, test=10, val=10)),
+    (dict(images='uneven'), dict(balance='own', train=64, test=4, val=4)),
+    (dict(test='made', ood='made'), dict(balance='equal', train=42, test=0, val=6))]
+
+@pytest.mark.parametrize('more, expected', PLANS, ids=['candidates', 'five of eight', 'uneven', 'tests'])
+def test_a_plan_is_a_study_that_checks(here, tmp_path, more, expected):
+    "Its text is short, its price is below what was allowed, and the sets are as it says."
+    more = {k: here/v if isinstance(v, str) else [here/x for x in v] for k, v in more.items()}
+    study = new_task(task(here, tmp_path, **more))
+    assert problems(Study(study.dir)) == [] and len((study.dir/'params.yaml').read_text().splitlines()) <= 60
+    counts = read_manifest(study.set_dir('photos')).split.value_counts()
+    assert {s: counts.get(s, 0) for s in ('train', 'test', 'val')} == {k: expected[k] for k in ('train', 'test', 'val')}
+    assert study.classify.balance == expected['balance']
+    assert pd.read_csv(study.dir/'price.csv').minutes.sum() <= 5
+    made = [n for n, s in study.data.sets.items() if s.is_synthetic]
+    assert made == [Path(c).name for c in more.get('candidates', [])]
+
+def test_damaged_and_repeated_photographs_are_counted_and_left_out(here, tmp_path):
+    d = shutil.copytree(here/'pets', tmp_path/'pets')
+    shutil.copy(d/'cat'/'pets0.png', d/'cat'/'again.png')
+    (d/'dog'/'cut.png').write_bytes((d/'dog'/'pets0.png').read_bytes()[:60])
+    study = new_task(task(here, tmp_path, images=d))
+    found = pd.read_csv(study.dir/'audit.csv').query("`class` == 'all'").iloc[0]
+    assert (found.damaged, found.repeats) == (1, 1)
+
+def test_a_zip_is_looked_into_like_its_folder(here, tmp_path):
+    with zipfile.ZipFile(tmp_path/'pets.zip', 'w') as z:
+        for f in sorted((here/'pets').rglob('*.png')):
+            z.write(f, f.relative_to(here/'pets').as_posix())
+    a, b = look_into(tmp_path/'pets.zip'), look_into(here/'pets')
+    assert (a.classes, a.splits, a.loose) == (b.classes, b.splits, b.loose)
+
+@given(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=8, unique=True))
+def test_every_name_of_a_folder_becomes_a_key_of_its_own(names):
+    keys = class_keys(names)
+    assert len({k.lower() for k in keys.values()}) == len(names)
+    for k in keys.values():
+        TypeAdapter(Key).validate_python(k)
+    assert all(a != b for a, b in ambiguous(names))
+
+@given(st.dictionaries(st.sampled_from('abcdef'), st.integers(6, 4000), min_size=2))
+def test_what_is_set_aside_leaves_most_of_every_class(counts):
+    aside, least = set_aside(counts), min(counts.values())
+    assert all(v >= 2 for v in aside.values()) and sum(aside.values()) <= max(least/2, 4)
+    assert least-sum(aside.values()) >= 2
+
+@given(st.integers(1, 10000), st.integers(1, 50))
+def test_sizes_are_nested_multiples(n, step):
+    sizes = sizes_of(n, step)
+    assert sizes == sorted(set(sizes)) and all(s % step == 0 for s in sizes) and len(sizes) <= 4
+
+def test_the_pipeline_of_a_study_outside_a_clone_names_no_place():
+    text = pipeline((ROOT/'dvc.yaml').read_text())
+    assert '${root}' not in text and text.count('always_changed') == 1
+
+def test_a_class_named_like_a_word_of_yaml_stays_a_name(here, tmp_path):
+    d = photos(tmp_path/'odd', **{'no': 9, 'null': 9, '1e3': 9, 'true': 9})
+    study = new_task(task(here, tmp_path, images=d))
+    assert sorted(study.study.classes) == ['1e3', 'no', 'null', 'true']
+
+def shorter(p):
+    "Trained for a second."
+    p['recipes']['small']['samples_seen_at_100'] = 640
+
+@pytest.mark.slow
+def test_the_command_writes_a_study_that_runs(here, tmp_path):
+    "The test split stays locked, also when a photograph is added; a second run computes nothing but prepare."
+    d = shutil.copytree(here/'pets', tmp_path/'pets')
+    said = sh(['synthscale', 'new', 'mine', '--images', 'pets', '--candidates', str(here/'made'), '--image-size', '8',
+               '--budget', '20m', '--seeds', '2'], tmp_path)
+    assert 'Nothing is trained yet' in said
+    edit(tmp_path/'mine', shorter)
+    made = ran(sh('dvc repro', tmp_path/'mine'))
+    assert {'data@photos', 'classify@photos', 'classify_mixtures@with_made', 'report'} <= made
+    lock = (tmp_path/'mine'/'dvc.lock').read_text()
+    assert str(ROOT) not in lock and 'site-packages' not in lock
+    added = pd.read_csv(tmp_path/'mine'/'results'/'added_data.csv')
+    assert set(added.curve) == {'with_made'} and set(added.against) == {'longer'}
+    assert ran(sh('dvc repro', tmp_path/'mine')) == {'prepare'}
+    for i in range(20):
+        photo(d/'cat'/f'another{i}.png')
+    out = sh('dvc repro', tmp_path/'mine', ok=False)
+    assert "split 'test' has other images or labels than when it was locked" in out
+
+def test_plans_of_every_kind_are_read_back(here, tmp_path):
+    t = task(here, tmp_path, candidates=[here/'made', here/'more'])
+    text = params_text(t, Plan(dict(cat='cat', dog='dog'), dict(test=2, val=2), dict(test='0'*64), 'own', 40,
+                               dict(made=60, more=4), {'more': dict(cat='cat', owl=None)}))
+    (tmp_path/'params.yaml').write_text(text)
+    study = Study(tmp_path)
+    assert study.data.sets['more'].classes == dict(cat='cat', owl=None) and study.data.sets['more'].fewer_classes
+    assert study.classify.mixtures['with_more'].n_synthetic == [4]
