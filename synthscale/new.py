@@ -4,7 +4,7 @@
 
 # %% ../nbs/11_new.ipynb #01beda7c
 from __future__ import annotations
-import json, os, re, shutil, subprocess, sys, time, unicodedata
+import json, math, os, re, shutil, subprocess, sys, time, unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
@@ -18,7 +18,7 @@ from .study import Study, StudyError, package_root, write_atomic, write_csv
 # %% auto #0
 __all__ = ['pipeline', 'check_place', 'lay_out', 'Found', 'look_into', 'key_of', 'class_keys', 'ambiguous', 'set_aside',
            'sizes_of', 'Task', 'match_classes', 'Plan', 'params_text', 'seconds_per_image', 'price', 'plans',
-           'affordable', 'lock_of', 'audit', 'write_task', 'new_task']
+           'affordable', 'lock_of', 'check_apart', 'audit', 'write_task', 'new_task']
 
 # %% ../nbs/11_new.ipynb #4b23d774
 _IN_CLONE = '    deps: [params.yaml, "${root}/nbs", "${root}/synthscale"]\n'
@@ -64,7 +64,7 @@ def lay_out(folder,        # is made
     if not inside:
         subprocess.run(['git', 'init', '-q'], cwd=folder, check=True)
     dvc = [sys.executable, '-m', 'dvc', 'init', '-q', *(['--subdir'] if inside else [])]
-    subprocess.run(dvc, cwd=folder, check=True)
+    subprocess.run(dvc, cwd=folder, check=True, capture_output=True)
     shutil.copy(root/'.dvcignore', folder/'.dvcignore')
     shutil.copytree(root/'.dvc'/'plots', folder/'.dvc'/'plots', dirs_exist_ok=True)
     return folder
@@ -103,7 +103,12 @@ def look_into(folder,                    # of photographs: CLASS/image, or SPLIT
     if not parts: raise StudyError(f"{folder}: no image in it; expected a folder for each class with images in it")
     deep = [p for p in parts if len(p) > 1]
     tops = {p[0] for p in deep}
-    split = bool(tops) and all(t.lower() in _SPLITS for t in tops) and any(len(p) > 2 for p in deep)
+    named = {t for t in tops if t.lower() in _SPLITS and any(p[0] == t and len(p) > 2 for p in deep)}
+    if named and named != tops:
+        splits, others = (', '.join(sorted(s)) for s in (named, tops-named))
+        raise StudyError(f"{folder}: {splits} hold folders of classes, and {others} lie beside them: expected folders "
+                         "of classes alone, or train, val and test alone")
+    split = bool(named)
     out = Found(folder, splits={t: _SPLITS[t.lower()] for t in sorted(tops)} if split else {})
     for p in parts:
         if len(p) < 2+split:
@@ -193,10 +198,12 @@ class Task:
     @property
     def candidate_names(self) -> list:
         "The names of the sets of generated images, each its own."
-        names = class_keys([Path(c).resolve().name for c in self.candidates])
-        keys = [names[Path(c).resolve().name] for c in self.candidates]
-        taken = {'photos', 'own_test', 'elsewhere', 'longer'}
-        return [f'generated_{k}' if k in taken or keys.count(k) > 1 else k for k in keys]
+        used, out = {'photos', 'own_test', 'elsewhere', 'longer'}, []
+        for c in self.candidates:
+            base = key_of(Path(c).resolve().stem) or 'generated'
+            out.append(next(k for k in (base, *(f'{base}_{i}' for i in range(2, 1000))) if k.lower() not in used))
+            used.add(out[-1].lower())
+        return out
 
     @property
     def root(self) -> Path:
@@ -216,7 +223,8 @@ def match_classes(task: Task,     # what was asked for
                   classes: dict   # folder of the photographs -> class
                  ) -> dict:       # set -> folder of a class -> class here, None: no photograph is of it
     "The classes of the other folders, by name; raises `StudyError` where they do not go with the photographs'."
-    known, out = {key_of(c).lower(): k for c, k in classes.items()}, {}
+    keys = [key_of(c).lower() for c in classes]
+    known, out = {k: v for k, v in zip(keys, classes.values()) if k and keys.count(k) == 1}, {}
     for name, folder in task.inputs.items():
         if name == 'photos': continue
         found = list(look_into(folder).classes)
@@ -235,7 +243,7 @@ class Plan:
     "What is trained: chosen so that it fits into the minutes."
     classes: dict                # folder of the photographs -> class
     aside: dict = field(default_factory=dict)        # split -> images of each class
-    locked: dict = field(default_factory=dict)       # split -> hash
+    locked: dict = field(default_factory=dict)       # set -> split -> hash
     balance: str = 'equal'       # own: classes are of unequal size
     n_train: int = 0
     made: dict = field(default_factory=dict)         # candidate -> images
@@ -276,8 +284,6 @@ def _set_line(task, plan, name):
             spec['splits'] = found.splits
         if plan.aside:
             spec['hold_out'] = {s: k*len(plan.classes) for s, k in plan.aside.items()}
-        if plan.locked:
-            spec['locked'] = plan.locked
     elif name in ('own_test', 'elsewhere'):
         to = 'test' if name == 'own_test' else 'ood'
         spec['splits'] = {s: to for s in found.splits or ['train']}
@@ -285,6 +291,8 @@ def _set_line(task, plan, name):
         spec['synthetic'] = True
         if found.splits:
             spec['splits'] = {s: ('train' if to == 'train' else None) for s, to in found.splits.items()}
+    if plan.locked.get(name):
+        spec['locked'] = plan.locked[name]
     if {*plan.classes.values()} - {*named.values()}:
         spec['fewer_classes'] = True
     spec |= dict(unreadable='skip', duplicates='drop', max_left_out=.9)
@@ -327,6 +335,7 @@ def params_text(task: Task,  # what was asked for
     tests |= dict(ood_set='elsewhere', ood_splits=['ood']) if task.ood else dict(ood_set='photos')
     tests |= dict(in_domain_set='own_test', in_domain_splits=['test']) if task.test else dict(in_domain_set='photos')
     folder = Path(task.folder).resolve()
+    flip, crop = str(plan.channels == 3).lower(), max(1, task.image_size//16)      # grey images may be writing
     equal = 'as many images of each class' if plan.balance == 'equal' else 'classes are of unequal size'
     return f"""{_HEAD}study:
   name: "{folder.name}"
@@ -348,7 +357,7 @@ recipes:
     batch_size: {plan.batch}
     optimizer: {{name: adamw, lr: 0.003, weight_decay: 0.1}}
     label_smoothing: 0.1
-    augment: {{flip: true, crop: {max(1, task.image_size//16)}}}      # no flip where left is not right, as in letters
+    augment: {{flip: {flip}, crop: {crop}}}      # a flip only where left is right: not for letters and digits
 
 classify:
   eval: {_flow(tests)}
@@ -378,7 +387,7 @@ def seconds_per_image(recipe,        # Recipe
                       channels: int, # 1 or 3
                       n_classes: int
                      ) -> float:
-    "CPU seconds for one image shown in training, measured on noise for about two seconds."
+    "Seconds for one image shown in training by one process, measured on noise for about two seconds."
     import torch
     from synthscale.train import create_net, train_net
     before = torch.get_num_threads()
@@ -389,26 +398,27 @@ def seconds_per_image(recipe,        # Recipe
         y, net = np.arange(2*b) % n_classes, create_net(recipe.arch, n_classes, channels, 0)
         train_net(net, x, y, recipe, b, 0, n_classes=n_classes)                      # the first step is slow
         steps = max(2, 1024//b)
-        began = time.process_time()
+        began = time.perf_counter()
         train_net(net, x, y, recipe, steps*b, 0, n_classes=n_classes)
-        return (time.process_time()-began)/(steps*b)
+        return (time.perf_counter()-began)/(steps*b)
     finally:
         torch.set_num_threads(before)
 
 def price(study: Study,        # with its params.yaml as planned
-          per_image: float,    # CPU seconds for an image shown in training
+          per_image: float,    # seconds for an image shown in training by one process
           built_s: float = 0.  # seconds that its image sets took
          ) -> pd.DataFrame:    # what, runs, images_shown, minutes
     "What a study of one's own photographs costs: curves at the measured speed, and what every stage takes anyway."
-    from joblib import cpu_count
+    from synthscale.classify import usable_processes
     from synthscale.curves import curve_points, label_curves_of, samples_of
-    workers, rows = cpu_count(only_physical_cores=False), []
+    workers, rows = usable_processes(0), []
     for name, c in label_curves_of(study).items():
         points = curve_points(c, study.classify.compute_seeds)
-        shown = sum(samples_of(study.recipes[p.recipe], p) for p in points)
+        each = [samples_of(study.recipes[p.recipe], p) for p in points]
         rounds = -(-len(points)//workers)*workers/len(points)          # the last round may leave a core idle
-        rows.append(dict(what=f'curve {name}', runs=len(points), images_shown=shown,
-                         minutes=(shown*per_image*rounds/workers+_STAGE_S)/60))
+        longest = max(sum(each)*rounds/workers, max(each))
+        rows.append(dict(what=f'curve {name}', runs=len(points), images_shown=sum(each),
+                         minutes=(longest*per_image+_STAGE_S)/60))
     rows.append(dict(what='image sets', runs=len(study.data.sets), images_shown=0,
                      minutes=(built_s+_STAGE_S*len(study.data.sets))/60))
     rows.append(dict(what='tables and figures', runs=3, images_shown=0, minutes=_TABLES_S/60))
@@ -419,7 +429,7 @@ def plans(plan: Plan    # as far as it follows from the photographs
          ):             # plans, the dearest first
     "What might be trained."
     from dataclasses import replace
-    for seeds in range(plan.seeds, 1, -1):
+    for seeds in range(plan.seeds, min(plan.seeds, 2)-1, -1):
         for shown in _SHOWN:
             yield replace(plan, shown=shown, seeds=seeds)
 
@@ -437,8 +447,8 @@ def affordable(task: Task,        # what was asked for
         table = price(study, per_image, built_s)
         least = table.minutes.sum()/_MARGIN
         if least <= task.minutes: return p, table
-    raise StudyError(f'the cheapest plan takes {least:.0f} minutes on this machine, and --budget is {task.minutes:g}m: '
-                     'allow more, or a smaller --image-size, or fewer --candidates')
+    raise StudyError(f'the cheapest plan takes {math.ceil(least)} minutes on this machine, and --budget is '
+                     f'{task.minutes:g}m: allow more, or a smaller --image-size, or fewer --candidates')
 
 # %% ../nbs/11_new.ipynb #752c6157
 def _usable(study, name, split='train'):
@@ -447,18 +457,28 @@ def _usable(study, name, split='train'):
     return m[m.split == split]['class'].value_counts().reindex(study.study.classes, fill_value=0).to_dict()
 
 def _is_grey(study):
-    "Whether no photograph has a colour, by the first hundred of each shard."
+    "Whether no image of any set has a colour."
     from synthscale.shards import load_set
-    images = load_set(study.set_dir('photos')).images
-    some = np.stack([images[i] for i in range(0, len(images), max(1, len(images)//200))])
-    return bool((some.max(-1) == some.min(-1)).all())
+    return all((a[..., :1] == a).all() for n in study.data.sets for a in load_set(study.set_dir(n)).images)
 
 def lock_of(study: Study,         # with its sets made
-            split: str = 'test'   # of the photographs
+            name: str = 'photos', # of a set
+            split: str = 'test'   # of it
            ) -> str:
     "A hash of the images of a split, whatever their order."
-    m = read_manifest(study.set_dir('photos'))
-    return split_hash(m, split)
+    return split_hash(read_manifest(study.set_dir(name)), split)
+
+def check_apart(study: Study    # with its sets made
+               ):
+    "Raise `StudyError` where an image that is trained on is also one to test or to select on, in whatever set."
+    rows = pd.concat([read_manifest(study.set_dir(n)).assign(set=n) for n in study.data.sets], ignore_index=True)
+    learned = rows.split == 'train'
+    both = rows[learned & rows.sha256.isin(rows[~learned].sha256)]
+    if not len(both): return
+    first = both.iloc[0]
+    other = rows[~learned & (rows.sha256 == first.sha256)].iloc[0]
+    raise StudyError(f"{len(both)} images to train on are also images to test or to select on, such as {first['file']} "
+                     f"({first['set']}) and {other['file']} ({other['set']}): take them out of one of the folders")
 
 # %% ../nbs/11_new.ipynb #bb5a9ae9
 _SAID = dict(damaged='not a readable image', repeats='the same pixels')
@@ -470,6 +490,7 @@ def audit(study: Study    # with its sets made
     for name in study.data.sets:
         m, left = read_manifest(study.set_dir(name)), study.path('runs', 'data', name, 'left_out.csv')
         reasons = pd.read_csv(left).reason if left.exists() else pd.Series([], dtype=str)
+        reasons = reasons[~reasons.str.contains('^changed: |by its ending|outside the folders')]     # no image is lost
         near = study.path('runs', 'data', name, 'near_copies.csv')
         notes = {k: int(reasons.str.contains(words).sum()) for k, words in _SAID.items()}
         notes |= dict(other=len(reasons)-sum(notes.values()))
@@ -524,27 +545,48 @@ def write_task(task: Task    # what was asked for; its folder is laid out
     write_atomic(study.path('params.yaml'), params_text(task, plan))
     study = Study(task.folder)
     built_s = _build(study)
-    if not task.test:
-        plan.locked = dict(test=lock_of(study))
+    check_apart(study)
+    plan.locked = {n: {s: lock_of(study, n, s)} for n, s in
+                   (('own_test' if task.test else 'photos', 'test'), ('elsewhere', 'ood')) if n in study.data.sets}
     plan, table = affordable(task, plan, built_s)
     return Study(task.folder), plan, table
 
 # %% ../nbs/11_new.ipynb #d7a07ba9
+def _check_inputs(task, folder):
+    "Whether the study and its inputs lie beside each other."
+    if not shutil.which('git'): raise StudyError("git is not installed: a study is versioned by git and DVC")
+    places = {n: Path(p).resolve() for n, p in task.inputs.items()}
+    for n, p in places.items():
+        if folder == p or p in folder.parents:
+            raise StudyError(f"{folder}: the study would lie inside {p}, whose images it is about; choose a folder "
+                             "beside it")
+        inside = next((k for k, q in places.items() if k != n and (p == q or q in p.parents)), None)
+        if inside:
+            raise StudyError(f"{p} ({n}) lies inside {places[inside]} ({inside}): its images would be taken for both; "
+                             "move it beside it")
+
 def new_task(task: Task    # what is asked for
             ) -> Study:
     """Write a study of one's own photographs, and say what is in them and what it costs; of one that fails nothing
     stays."""
     folder = Path(task.folder).resolve()
     check_place(folder)
+    _check_inputs(task, folder)
     found, there = look_into(task.images), folder.exists()
-    lay_out(folder, 'root: package\n')
     try:
+        lay_out(folder, 'root: package\n')
         study, plan, table = write_task(task)
         need = _check_disk(folder, study)
-    except BaseException:
+    except BaseException as e:
+        if _git_above(folder):         # dvc has put its files into the index
+            subprocess.run(['git', 'rm', '-rqf', '--cached', '--ignore-unmatch', '--', folder], cwd=folder.parent,
+                           capture_output=True)
         shutil.rmtree(folder, ignore_errors=True)
         if there:
             folder.mkdir()
+        if isinstance(e, subprocess.CalledProcessError):
+            said = (e.stderr or b'').decode()[-300:]
+            raise StudyError(f"{folder}: {' '.join(map(str, e.cmd))} failed: {said}") from None
         raise
     looked = audit(study)
     write_csv(folder/'audit.csv', looked)
@@ -554,6 +596,11 @@ def new_task(task: Task    # what is asked for
     if found.loose:
         print(f'{len(found.loose)} images lie outside the folders of the classes and are not used, such as '
               f'{found.loose[0]}')
+    whole = looked[looked['class'] == 'all'].set_index('set')
+    lost = whole[['damaged', 'repeats', 'other']].sum(axis=1)
+    for n in lost[lost > .1*(lost+whole[[s for s in ('train', 'val', 'test', 'ood') if s in whole]].sum(axis=1))].index:
+        print(f"{n}: {lost[n]} images are left out, more than a tenth; runs/data/{n}/left_out.csv says why "
+              "(transparent ones need `background: white` in params.yaml)")
     print(looked.to_string(index=False, na_rep=''))
     print(f'\n{table.round(1).to_string(index=False)}')
     print(f'\n{table.minutes.sum():.0f} minutes of {task.minutes:g}, {need/1e9:.1f} GB. Nothing is trained yet: read '

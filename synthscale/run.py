@@ -571,6 +571,12 @@ def _minutes(text):
     if not found: raise argparse.ArgumentTypeError(f'{text!r}: expected a time like 90s, 30m or 2h')
     return float(found[1])*dict(s=1/60, m=1, h=60)[found[2] or 'm']
 
+def _at_least_1(text):
+    "A whole number above 0."
+    if not re.fullmatch('[0-9]+', text) or not int(text):
+        raise argparse.ArgumentTypeError(f'{text!r}: expected a whole number above 0')
+    return int(text)
+
 def _add_new(tool):
     "The tool that writes a study of one's own photographs."
     def run(a):
@@ -584,9 +590,11 @@ def _add_new(tool):
     one.add_argument('--ood', metavar='DIR', help='others from elsewhere, a second test')
     one.add_argument('--candidates', action='append', default=[], metavar='DIR',
                      help='generated images that exist already; may be repeated')
-    one.add_argument('--image-size', type=int, default=32, metavar='N', help='pixels per side (default: %(default)s)')
+    one.add_argument('--image-size', type=_at_least_1, default=32, metavar='N',
+                     help='pixels per side (default: %(default)s)')
     one.add_argument('--budget', type=_minutes, default=30., metavar='TIME', help='90s, 30m, 2h (default: 30m)')
-    one.add_argument('--seeds', type=int, default=3, metavar='N', help='runs of each point (default: %(default)s)')
+    one.add_argument('--seeds', type=_at_least_1, default=3, metavar='N',
+                     help='runs of each point (default: %(default)s)')
 
 # %% ../nbs/00a_run.ipynb #1ce0c704
 def _tools():

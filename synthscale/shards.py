@@ -640,8 +640,9 @@ def check_locked(m: pd.DataFrame,  # manifest
     for split, then in locked.items():
         if split_hash(m, split) == then: continue
         raise StudyError(f"data.sets.{name}.locked: split {split!r} has other images or labels than when it was locked "
-                         f"({(m.split == split).sum()} images now); bring back the files that were there, or, if you "
-                         "mean to test on others, take the lock out: then what was measured before is of another test")
+                         f"({(m.split == split).sum()} images now). Files that were added, removed or changed do that, "
+                         "another image_size or number of channels, too. Undo it, or, if you mean it, take the lock "
+                         "out: what was measured before is then of another test")
 
 # %% ../nbs/00c_shards.ipynb #e61bcafa
 def check_set(m: pd.DataFrame,    # manifest

@@ -6,8 +6,8 @@ import numpy as np, pandas as pd, pytest
 from conftest import ROOT, edit, ran, sh
 from hypothesis import given, strategies as st
 from PIL import Image
-from synthscale.new import (Plan, Task, ambiguous, class_keys, look_into, new_task, params_text, pipeline, set_aside,
-                            sizes_of)
+from synthscale.new import (Plan, Task, class_keys, look_into, match_classes, new_task, params_text, pipeline,
+                            set_aside, sizes_of)
 from synthscale.params import problems
 from synthscale.shards import read_manifest
 from synthscale.study import Key, Study, StudyError
@@ -41,6 +41,11 @@ def here(tmp_path_factory):
     for i in range(3):
         photo(d/'loose'/f'{i}.png')
     (d/'empty').mkdir()
+    photos(d/'mixed'/'train', cat=9, dog=9)
+    photo(d/'mixed'/'sample'/'1.png')
+    photos(d/'same', cat=4, dog=4)
+    shutil.copy(d/'pets'/'cat'/'pets3.png', d/'same'/'cat'/'copy.png')
+    photos(d/'twin'/'made', cat=6, dog=6)
     return d
 
 def task(here, tmp_path, **more):
@@ -57,7 +62,12 @@ WRONG = [
     (lambda d: dict(ood=d/'birds'), "owl is none of the photographs' classes"),
     (lambda d: dict(candidates=[d/'birds']), "owl is none of the photographs' classes"),
     (lambda d: dict(candidates=[d/'not_there']), 'no such folder'),
-    (lambda d: dict(minutes=.01), 'the cheapest plan takes')]
+    (lambda d: dict(minutes=.01), 'the cheapest plan takes'),
+    (lambda d: dict(minutes=.01, seeds=1), 'the cheapest plan takes'),
+    (lambda d: dict(images=d/'mixed'), 'train hold folders of classes, and sample lie beside them'),
+    (lambda d: dict(candidates=[d/'pets'/'cat']), 'lies inside'),
+    (lambda d: dict(test=d/'same'), '1 images to train on are also images to test or to select on'),
+    (lambda d: dict(folder=d/'pets'/'mine'), 'the study would lie inside')]
 
 @pytest.mark.parametrize('more, says', WRONG, ids=[s[:30] for _, s in WRONG])
 def test_what_cannot_be_planned_is_said_and_leaves_nothing(here, tmp_path, more, says):
@@ -76,7 +86,7 @@ PLANS = [
     (dict(candidates=['made']), dict(balance='equal', train=32, test=10, val=6)),
     (dict(images='few'), dict(balance='equal', train=20, test=10, val=10)),
     (dict(images='uneven'), dict(balance='own', train=64, test=4, val=4)),
-    (dict(test='made', ood='made'), dict(balance='equal', train=42, test=0, val=6))]
+    (dict(test='twin/made', ood='made'), dict(balance='equal', train=42, test=0, val=6))]
 
 @pytest.mark.parametrize('more, expected', PLANS, ids=['candidates', 'five of eight', 'uneven', 'tests'])
 def test_a_plan_is_a_study_that_checks(here, tmp_path, more, expected):
@@ -90,6 +100,8 @@ def test_a_plan_is_a_study_that_checks(here, tmp_path, more, expected):
     assert pd.read_csv(study.dir/'price.csv').minutes.sum() <= 5
     made = [n for n, s in study.data.sets.items() if s.is_synthetic]
     assert made == [Path(c).name for c in more.get('candidates', [])]
+    tests = {'own_test', 'elsewhere'} if 'ood' in more else {'photos'}
+    assert {n for n, x in study.data.sets.items() if x.locked} == tests
 
 def test_damaged_and_repeated_photographs_are_counted_and_left_out(here, tmp_path):
     d = shutil.copytree(here/'pets', tmp_path/'pets')
@@ -98,6 +110,34 @@ def test_damaged_and_repeated_photographs_are_counted_and_left_out(here, tmp_pat
     study = new_task(task(here, tmp_path, images=d))
     found = pd.read_csv(study.dir/'audit.csv').query("`class` == 'all'").iloc[0]
     assert (found.damaged, found.repeats) == (1, 1)
+
+def test_two_candidates_of_one_name_are_two_sets(here, tmp_path):
+    t = task(here, tmp_path, candidates=[here/'made', here/'twin'/'made'])
+    assert t.candidate_names == ['made', 'made_2'] and len(t.inputs) == 3
+
+def test_a_class_of_other_letters_is_nobody_elses(here, tmp_path):
+    "Names without a Latin letter have no key by which they could be taken for one another."
+    photos(tmp_path/'a', **{'狗': 9, '鸟': 9})
+    photos(tmp_path/'b', **{'狗': 9, '猫': 9})
+    t = task(here, tmp_path, images=tmp_path/'a', candidates=[tmp_path/'b'])
+    assert match_classes(t, class_keys(['狗', '鸟'])) == dict(b={'狗': 'class_0', '猫': None})
+
+def test_in_somebodys_repository_nothing_of_a_failure_stays_in_the_index(here, tmp_path):
+    sh('git init -q', tmp_path)
+    with pytest.raises(StudyError, match='the cheapest plan takes'):
+        new_task(task(here, tmp_path, minutes=.01))
+    assert sh('git status --porcelain', tmp_path) == '' and [p.name for p in tmp_path.iterdir()] == ['.git']
+
+def test_colour_in_a_single_image_is_kept(here, tmp_path):
+    d = tmp_path/'grey'
+    for c in 'ab':
+        for i in range(12):
+            photo(d/c/f'{i}.png')
+            if (c, i) != ('b', 7):
+                Image.open(d/c/f'{i}.png').convert('L').save(d/c/f'{i}.png')
+    assert new_task(task(here, tmp_path, images=d)).data.channels == 3
+    (d/'b'/'7.png').unlink()
+    assert new_task(task(here, tmp_path, images=d, folder=tmp_path/'two')).data.channels == 1
 
 def test_a_zip_is_looked_into_like_its_folder(here, tmp_path):
     with zipfile.ZipFile(tmp_path/'pets.zip', 'w') as z:
@@ -112,7 +152,6 @@ def test_every_name_of_a_folder_becomes_a_key_of_its_own(names):
     assert len({k.lower() for k in keys.values()}) == len(names)
     for k in keys.values():
         TypeAdapter(Key).validate_python(k)
-    assert all(a != b for a, b in ambiguous(names))
 
 @given(st.dictionaries(st.sampled_from('abcdef'), st.integers(6, 4000), min_size=2))
 def test_what_is_set_aside_leaves_most_of_every_class(counts):
@@ -160,7 +199,8 @@ def test_the_command_writes_a_study_that_runs(here, tmp_path):
 
 def test_plans_of_every_kind_are_read_back(here, tmp_path):
     t = task(here, tmp_path, candidates=[here/'made', here/'more'])
-    text = params_text(t, Plan(dict(cat='cat', dog='dog'), dict(test=2, val=2), dict(test='0'*64), 'own', 40,
+    lock = dict(photos=dict(test='0'*64))
+    text = params_text(t, Plan(dict(cat='cat', dog='dog'), dict(test=2, val=2), lock, 'own', 40,
                                dict(made=60, more=4), {'more': dict(cat='cat', owl=None)}))
     (tmp_path/'params.yaml').write_text(text)
     study = Study(tmp_path)
