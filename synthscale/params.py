@@ -675,6 +675,7 @@ def resolved(study: Study    # checked
     del out['quality']['balance']
     out['report'] |= {'labels': labels_of(study)}
     out['names'] = dict(sets=study.sets, curves=list(every), scored=list(out['quality']['sets']),
+                        judged=list(study.quality.clip),
                         damaged=damaged_pairs(study).to_dict('records'))
     return out
 
