@@ -16,9 +16,9 @@ from .study import Count, Section, Study, StudyError, atomic_file, file_sha256, 
 # %% auto #0
 __all__ = ['NOT_READ', 'ENDINGS', 'BATCH', 'OwnClasses', 'FEATURES', 'BackboneSpec', 'backbone_faults', 'check_backbone',
            'read_weights', 'fit_weights', 'own_names', 'create_backbone', 'described', 'save_backbone',
-           'restore_backbone', 'load_backbone', 'prepare_images', 'backbone_features', 'backbone_logits',
+           'restore_backbone', 'load_backbone', 'fit_input', 'prepare_images', 'backbone_features', 'backbone_logits',
            'class_indices', 'class_logits', 'fetch_weights', 'weights_hash', 'bring_backbone', 'backbone_folder',
-           'features_key', 'set_features']
+           'features_key', 'backbone_config', 'features_file', 'set_features']
 
 # %% ../nbs/02d_backbones.ipynb #3b7f4a51
 NOT_READ = 'build/nbs/02_models.ipynb'      # `input` of what comes from the hub: DVC needs a path
@@ -228,6 +228,20 @@ def load_backbone(folder    # models/NAME
     return restore_backbone(config, Path(folder)/'model.safetensors'), config
 
 # %% ../nbs/02d_backbones.ipynb #250f260e
+def fit_input(x,             # float tensor, n x channels x h x w, 0 black and 1 white
+              config: dict   # channels, mean, std and input_size
+             ):              # float tensor, n x channels x input_size x input_size
+    "Images resized, cut to the middle square and normalised as a backbone takes them."
+    import torch
+    side, (h, w) = config['input_size'], x.shape[-2:]
+    if (h, w) != (side, side):
+        size = [max(side, round(k*side/min(h, w))) for k in (h, w)]
+        x = torch.nn.functional.interpolate(x, size, mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
+        top, left = ((k-side)//2 for k in size)
+        x = x[..., top:top+side, left:left+side]
+    mean, std = (torch.tensor(config[k], device=x.device).view(1, -1, 1, 1) for k in ('mean', 'std'))
+    return (x.expand(-1, config['channels'], -1, -1)-mean)/std
+
 def prepare_images(images,         # uint8, n x h x w x c, or anything that np.asarray makes such of
                    config: dict,   # channels, mean, std and input_size
                    device='cpu'    # torch device
@@ -237,18 +251,11 @@ def prepare_images(images,         # uint8, n x h x w x c, or anything that np.a
     x = np.asarray(images)
     if x.dtype != np.uint8 or x.ndim != 4:
         raise StudyError(f"images are {x.dtype} of shape {x.shape}: expected uint8, n x height x width x channels")
-    channels, side = config['channels'], config['input_size']
+    channels = config['channels']
     if x.shape[3] not in (1, channels):
         raise StudyError(f"images have {x.shape[3]} channels, the backbone {config['arch']} takes {channels}")
-    x = torch.tensor(x).to(device).permute(0, 3, 1, 2).float()/255
-    h, w = x.shape[-2:]
-    if (h, w) != (side, side):
-        size = [max(side, round(k*side/min(h, w))) for k in (h, w)]
-        x = torch.nn.functional.interpolate(x, size, mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
-        top, left = ((k-side)//2 for k in size)
-        x = x[..., top:top+side, left:left+side]
-    mean, std = (torch.tensor(config[k], device=device).view(1, -1, 1, 1) for k in ('mean', 'std'))
-    return (x.expand(-1, channels, -1, -1)-mean)/std
+    return fit_input(torch.tensor(x).to(device).permute(0, 3, 1, 2).float()/255, config)
+
 
 # %% ../nbs/02d_backbones.ipynb #66a42b75
 BATCH = 64       # images per pass: of 224 x 224 pixels about a gigabyte at work in a small network
@@ -444,29 +451,51 @@ def features_key(config: dict,   # of the backbone
     about = dict(version=FEATURES, images=list(images), **{k: config[k] for k in keys})
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
-def _write_features(path, net, config, images, batch):
+def _write_features(path, net, config, images, batch, label):
     "Features of images into a .npy file, batch by batch: no more than one batch is in memory."
+    from tqdm import tqdm
+    steps = tqdm(_passes(net, config, images, batch, _head_input(net)), label, -(-len(images)//batch), unit='batch',
+                 mininterval=1., delay=5.)
     with atomic_file(path) as f:
-        for i, part in enumerate(_passes(net, config, images, batch, _head_input(net))):
+        for i, part in enumerate(steps):
             if i == 0:
                 shape = len(images), part.shape[1]
                 np.lib.format.write_array_header_1_0(f, dict(descr='<f4', fortran_order=False, shape=shape))
             f.write(part.numpy().astype('<f4').tobytes())
 
+def backbone_config(study: Study,             # the study
+                    name: str,                # under models
+                    input_size: int = None    # pixels per side in the place of its own
+                   ) -> dict:
+    "The config.json of a backbone, which is brought where it is not there; its weights are not read."
+    config = json.loads((backbone_folder(study, name)/'config.json').read_text())
+    return config | (dict(input_size=input_size) if input_size else {})
+
+def features_file(study: Study,             # the study
+                  backbone: str,            # under models
+                  images,                   # SHA-256 of each image, in order
+                  input_size: int = None    # pixels per side in the place of the backbone's own
+                 ) -> Path:                 # which may not be there yet
+    "Where the features of images are kept."
+    config = backbone_config(study, backbone, input_size)
+    return study.path('build', 'features', f'{features_key(config, images)}.npy')
+
 def set_features(study: Study,        # the study
                  backbone: str,       # under models
                  set: str,            # an image set
                  split: str,          # of it
-                 batch: int = BATCH   # images per pass
+                 batch: int = BATCH,  # images per pass
+                 input_size: int = None    # pixels per side in the place of the backbone's own
                 ) -> np.ndarray:      # n x d, float32, in the order of the manifest; mapped from its file
     "The features of one split of a set under a backbone, from build/features or computed and kept there."
-    import torch
-    net, config = load_backbone(backbone_folder(study, backbone))
     m = read_manifest(study.set_dir(set))
     m = m[m.split == split]
-    path = study.path('build', 'features', f'{features_key(config, m.sha256)}.npy')
+    path = features_file(study, backbone, m.sha256, input_size)
     if not path.exists():
+        import torch
+        net, config = load_backbone(backbone_folder(study, backbone))
         images = load_set(study.set_dir(set), split, lazy=not m.shard.str.endswith('.gz').any()).images
         net = net.cuda() if torch.cuda.is_available() else net
-        _write_features(path, net, config, images, batch)
+        config |= dict(input_size=input_size) if input_size else {}
+        _write_features(path, net, config, images, batch, f'features of {set}, {split}')
     return np.load(path, mmap_mode='r')

@@ -16,14 +16,15 @@ from .curves import Point, curve_points, samples_of
 from .study_curves import curve_of
 from .recipes import ENGINE, METRICS, mean_recall
 from .shards import check_subset, file_names, join, load_set, order_of, read_manifest
-from .study import Study, StudyError, die_with_parent, nearest, write_atomic, write_csv
+from .study import Study, StudyError, derive_seed, die_with_parent, nearest, write_atomic, write_csv
 
 # %% auto #0
 __all__ = ['KEYS', 'split_of', 'split_rows', 'order_seeds', 'training_rows', 'training_images', 'digest', 'samples_shown',
            'point_config', 'versions', 'processor', 'environment_of', 'sealed', 'read_record', 'point_file',
-           'bring_points', 'find_point', 'run_point', 'check_curve', 'usable_processes', 'run_points', 'point_range',
-           'some_points', 'point_keys', 'point_rows', 'measured_rows', 'class_rows', 'compute_check', 'version_note',
-           'write_points', 'run_curve', 'train_curve', 'write_curve']
+           'bring_points', 'find_point', 'first_net', 'point_inputs', 'trained_net', 'run_point', 'check_curve',
+           'tested_rows', 'check_leak', 'usable_processes', 'run_points', 'point_range', 'some_points', 'point_keys',
+           'point_rows', 'arch_of', 'measured_rows', 'class_rows', 'compute_check', 'version_note', 'write_points',
+           'run_curve', 'train_curve', 'write_curve']
 
 # %% ../nbs/06_classify.ipynb #d4953f60
 # Share of the free memory that the decoded images of one split may take, divided by the workers; more stays in shards.
@@ -127,12 +128,16 @@ def point_config(study: Study,  # the study
                 ) -> dict:
     "Everything that decides a point's numbers; the point's key is its hash."
     c, e, recipe = study.classify, study.classify.eval, study.recipes[point.recipe]
+    begun = {}
+    if recipe.start:
+        from synthscale.started import start_config
+        begun = dict(start=start_config(study, recipe))
     tests = {k: _images_and_labels(split_rows(study, e.set_of(k), k)) for k in e.every}
     images = _images_and_labels(pd.concat([rows for _, _, rows in training_rows(study, point)]))
     return dict(engine=ENGINE, images=images, n_images=point.n_images, tests=tests, within=list(e.within),
-                classes=study.study.classes, recipe=recipe.model_dump(exclude={'reference'}), mix=_mix(point),
+                classes=study.study.classes, recipe=recipe.decisive, mix=_mix(point),
                 samples_seen=samples_shown(study, point),
-                seed=study.seed('point', point.seed), checkpoints=c.checkpoints)
+                seed=study.seed('point', point.seed), checkpoints=c.checkpoints, **begun)
 
 def versions() -> dict:
     "Versions of the libraries that train, recorded with every point."
@@ -185,11 +190,12 @@ def _record_at(path):
         print(f'{path}: damaged, so the point is trained again', file=sys.stderr)
     return record
 
-def bring_points(study: Study,  # the study
-                 name: str      # of a curve
-                ) -> int:       # points that were brought
+def bring_points(study: Study,       # the study
+                 name: str,          # of a curve, or of a question of `your_task`
+                 stage='classify'    # whose it is
+                ) -> int:            # points that were brought
     "Take the points that DVC keeps for a curve into build/points; damaged lines are named and left."
-    file = study.path('runs', 'classify', name, 'points.jsonl')
+    file = study.path('runs', stage, name, 'points.jsonl')
     lines = file.read_bytes().splitlines() if file.exists() else []
     records = [read_record(line) for line in lines]
     if lost := [str(i) for i, r in enumerate(records, 1) if r is None]:
@@ -213,7 +219,21 @@ def _study(folder, stamp):
     "A study, opened once per process and params.yaml."
     return Study(folder)
 
-def _measured(study, point, config, inputs, weights, acc):
+# %% ../nbs/06_classify.ipynb #07744b74
+def first_net(study: Study,   # the study
+              point: Point,   # which run
+              x,              # its training images, or features of a probe
+              config: dict    # as `point_config` gives it
+             ):               # torch module
+    "The network of a point before it is trained."
+    from synthscale.train import create_net
+    recipe = study.recipes[point.recipe]
+    if recipe.arch:
+        return create_net(recipe.arch, len(study.study.classes), x[0].shape[-1], derive_seed(config['seed'], 'init'))
+    from synthscale.started import started_net
+    return started_net(study, recipe, x, config['seed'])
+
+def _measured(study, point, config, inputs, weights, acc, net):
     "What training and measuring one point gives; `inputs` are its images, labels, keys and test sets."
     from synthscale.train import Mix, NotFinite, train_and_measure
     x, y, keys, tests = inputs
@@ -221,12 +241,46 @@ def _measured(study, point, config, inputs, weights, acc):
     mix = Mix(**{k: tuple(v) if v else None for k, v in config['mix'].items()})
     try:
         return train_and_measure(x, y, tests, recipe, n_classes, config['samples_seen'], config['seed'], mix, within,
-                                 config['checkpoints'], weights, acc)
+                                 config['checkpoints'], weights, acc, net)
     except NotFinite as err:
         some, more = ', '.join(keys[err.positions[:3]]), len(err.positions)-3
         which = f' (images {some} and {more} more)' if some else ''
         raise StudyError(f"{err}{which}; try a lower recipes.{point.recipe}.optimizer.lr") from None
 
+# %% ../nbs/06_classify.ipynb #f971053e
+def point_inputs(study: Study,  # the study
+                 point: Point   # which run
+                ):              # training images, labels, keys; split -> (images, labels)
+    "What a point is trained and measured on; of a probe features in the place of images."
+    e, recipe = study.classify.eval, study.recipes[point.recipe]
+    splits = {k: (e.set_of(k), k) for k in e.every}
+    if not recipe.is_probe:
+        return *training_images(study, point), {k: (s.images, s.labels) for k, at in splits.items()
+                                                for s in [split_of(study, *at)]}
+    from synthscale.started import features_of
+    parts = training_rows(study, point)
+    x = np.concatenate([features_of(study, recipe, name, 'train')[i] for name, i, _ in parts])
+    y = np.concatenate([rows.label.to_numpy(np.int64) for _, _, rows in parts])
+    keys = np.concatenate([(name+':'+rows.key).to_numpy() for name, _, rows in parts])
+    tests = {k: (np.asarray(features_of(study, recipe, *at)), split_rows(study, *at).label.to_numpy(np.int64))
+             for k, at in splits.items()}
+    return x, y, keys, tests
+
+def trained_net(study: Study,  # the study
+                point: Point   # which run
+               ):              # torch module in eval mode, what was measured
+    "Train a point for its network, which `run_point` does not keep; same numbers on one machine."
+    import torch
+    from synthscale.train import accelerator
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    config, inputs = point_config(study, point), point_inputs(study, point)
+    net = first_net(study, point, inputs[0], config)
+    acc = accelerator(study.recipes[point.recipe])
+    result = _measured(study, point, config | dict(checkpoints=0), inputs, None, acc, net)
+    return net.cpu().eval(), result
+
+# %% ../nbs/06_classify.ipynb #3078c88b
 def run_point(study_dir: str,  # the study's folder
               point: Point     # which run
              ) -> dict:
@@ -238,13 +292,11 @@ def run_point(study_dir: str,  # the study's folder
     from synthscale.train import accelerator
     if not torch.cuda.is_available():
         torch.set_num_threads(1)         # so that the number of cores is not in the numbers
-    e, key = study.classify.eval, digest(config)
-    tests = {k: (s.images, s.labels) for k in e.every for s in [split_of(study, e.set_of(k), k)]}
-    inputs = (*training_images(study, point), tests)
+    key, inputs = digest(config), point_inputs(study, point)
     acc, weights = accelerator(study.recipes[point.recipe]), study.path('build', 'weights', key)
     cpu, wall = time.process_time(), time.time()
     weights.mkdir(parents=True, exist_ok=True)
-    result = _measured(study, point, config, inputs, weights, acc)
+    result = _measured(study, point, config, inputs, weights, acc, first_net(study, point, inputs[0], config))
     made = dict(versions=versions(), python=platform.python_version(), processor=processor(), device=acc.device.type,
                 cpu_s=round(time.process_time()-cpu, 2), wall_s=round(time.time()-wall, 2))
     record = sealed(dict(key=key, config=config, tests=result, made=made))
@@ -260,14 +312,7 @@ def check_curve(study: Study,  # the study
                 name: str      # of a curve
                ):              # its CurveSpec
     "Whether the sets can give what a curve asks for, and whether training and test images are apart."
-    c, e, tested = curve_of(study, name), study.classify.eval, []
-    for split in e.every:
-        m = read_manifest(study.set_dir(e.set_of(split)))
-        if split not in set(m.split):
-            raise StudyError(f"classify.eval: set {e.set_of(split)!r} has no split {split!r}"
-                             f"{nearest(split, set(m.split))}")
-        tested.append(m[m.split == split])
-    tested = pd.concat(tested)
+    c, tested = curve_of(study, name), tested_rows(study)
     for slot in ('real', 'synthetic'):
         n, of = max(getattr(c, f'n_{slot}')), getattr(c, slot)
         if not n: continue
@@ -276,13 +321,32 @@ def check_curve(study: Study,  # the study
             check_subset(of, np.bincount(m.label, minlength=len(study.study.classes)), n, c.balance)
         except StudyError as err:
             raise StudyError(f"curve {name!r}, {slot} images: {err}") from None
-        leak = m[m.sha256.isin(tested.sha256)]
-        if len(leak):
-            test = tested[tested.sha256 == leak.sha256.iloc[0]]
-            raise StudyError(f"set {of!r}: {len(leak)} training images are also test images, e.g. "
-                             f"{file_names(leak).iloc[0]}, which is {file_names(test).iloc[0]} of split "
-                             f"{test.split.iloc[0]!r}")
+        check_leak(of, m, tested)
     return c
+
+def tested_rows(study: Study    # the study
+               ) -> pd.DataFrame:
+    "The manifest rows of all images that are validated or tested on."
+    e, tested = study.classify.eval, []
+    for split in e.every:
+        m = read_manifest(study.set_dir(e.set_of(split)))
+        if split not in set(m.split):
+            raise StudyError(f"classify.eval: set {e.set_of(split)!r} has no split {split!r}"
+                             f"{nearest(split, set(m.split))}")
+        tested.append(m[m.split == split])
+    return pd.concat(tested)
+
+def check_leak(name: str,             # of a set
+               rows: pd.DataFrame,    # of its manifest: what is trained on
+               tested: pd.DataFrame   # as `tested_rows` gives it
+              ):
+    "Raise `StudyError` where an image that is trained on is also one to validate or to test on."
+    leak = rows[rows.sha256.isin(tested.sha256)]
+    if not len(leak): return
+    test = tested[tested.sha256 == leak.sha256.iloc[0]]
+    raise StudyError(f"set {name!r}: {len(leak)} training images are also test images, e.g. "
+                     f"{file_names(leak).iloc[0]}, which is {file_names(test).iloc[0]} of split "
+                     f"{test.split.iloc[0]!r}")
 
 def usable_processes(wanted: int     # 0: one per GPU, or per core
                     ) -> int:
@@ -331,6 +395,18 @@ def _longest_first(study, point):
     return -_trainer(point).samples_shown(study, point), astuple(point)[:7]
 
 # %% ../nbs/06_classify.ipynb #555b7dfe
+def _bring_features(study, todo, workers):
+    "Compute the features that probes among these points will ask for, each once and before they are trained."
+    e, wanted = study.classify.eval, {}
+    for p in todo:
+        recipe = None if p.captions else study.recipes[p.recipe]
+        if recipe is None or not recipe.is_probe: continue
+        splits = wanted.setdefault(p.recipe, {(e.set_of(k), k): None for k in e.every})
+        splits |= {(name, 'train'): None for name, n in ((p.real, p.n_real), (p.synthetic, p.n_synthetic)) if n}
+    for name, splits in wanted.items():
+        from synthscale.started import compute_features
+        compute_features(study, study.recipes[name], list(splits), usable_processes(workers))
+
 def run_points(study: Study,      # the study
                points: list,      # which runs
                workers: int = 0   # processes; 0: one per GPU, or per core
@@ -339,6 +415,7 @@ def run_points(study: Study,      # the study
     done = {p: r for p in points if (r := find_point(study, _trainer(p).point_config(study, p)))}
     todo = sorted((p for p in points if p not in done), key=lambda p: _longest_first(study, p))
     if not todo: return done
+    _bring_features(study, todo, workers)
     failed, quiet = {}, os.environ.get('RANK', '0') != '0'
     bar = tqdm(_jobs(study, todo, workers), total=len(todo), desc=f'points ({len(done)} found)', unit='point',
                disable=quiet)
@@ -396,7 +473,15 @@ def point_rows(study: Study,  # the study
                record: dict   # as run_point gives it
               ) -> list:
     "The rows of one point: every metric on every test set, with the standard error from the number of test images."
-    return measured_rows(study, curve, p, record, 'classify', study.recipes[p.recipe].arch.name)
+    return measured_rows(study, curve, p, record, 'classify', arch_of(study, p.recipe))
+
+def arch_of(study: Study,  # the study
+            recipe: str    # under recipes
+           ) -> str:
+    "The architecture of a recipe's network, of a pretrained one with what is trained of it."
+    r = study.recipes[recipe]
+    if r.arch: return r.arch.name
+    return f"{study.models[r.start.backbone].arch}, {'fine-tuned' if r.start.train == 'all' else 'probe'}"
 
 def measured_rows(study: Study,  # the study
                   curve: str,    # name of the curve
@@ -470,13 +555,14 @@ def version_note(name: str,   # of a curve
     return f'curve {name!r} mixes points of several library versions: {parts}'
 
 # %% ../nbs/06_classify.ipynb #d0000013
-def write_points(study: Study,  # the study
-                 name: str,     # of a curve
-                 records: list  # of its points, in their order
+def write_points(study: Study,     # the study
+                 name: str,        # of a curve, or of a question of `your_task`
+                 records: list,    # of its points, in their order
+                 stage='classify'  # whose it is
                 ) -> Path:
-    "Write runs/classify/NAME/points.jsonl: exactly the points of a curve, one per line."
+    "Write runs/STAGE/NAME/points.jsonl: exactly the points of a curve, one per line."
     lines = [json.dumps(sealed(r), sort_keys=True) for r in records]
-    return write_atomic(study.path('runs', 'classify', name, 'points.jsonl'), '\n'.join(lines)+'\n' if lines else '')
+    return write_atomic(study.path('runs', stage, name, 'points.jsonl'), '\n'.join(lines)+'\n' if lines else '')
 
 def run_curve(study: Study,      # the study
               name: str,         # of a curve, or of a source that has none

@@ -289,7 +289,7 @@ def doctor(study: Study,          # the study
 # What dvc.yaml makes stages of.
 _PLACES = ('data.sets', 'models', 'prompts.sets', 'prompts.written', 'prompts.captions', 'generate.sources',
            'evaluators', 'filters', 'merged', 'quality.sets', 'quality.clip', 'classify.curves', 'classify.mixtures',
-           'clip.pools', 'clip.curves', 'clip.mixtures')
+           'clip.pools', 'clip.curves', 'clip.mixtures', 'your_task')
 
 def check_name(key: str,    # a name of params.yaml that becomes part of paths
                where        # of it, for errors

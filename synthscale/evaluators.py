@@ -113,7 +113,7 @@ def evaluator_key(study: Study,  # the study
         config = json.loads((backbone_folder(study, spec.backbone)/'config.json').read_text())
         about |= dict(features=FEATURES, backbone=config, map=_indices_of(study, name))
     else:
-        recipe = study.recipes[spec.recipe].model_dump(exclude={'reference'})
+        recipe = study.recipes[spec.recipe].decisive
         about |= dict(engine=ENGINE, recipe=recipe, seed=study.seed('model', name), labels=rows.label.tolist())
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 

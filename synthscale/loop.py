@@ -24,7 +24,9 @@ def step_seeds(seed: int,  # of the run
               ) -> torch.Generator:   # seeded by the step alone
     "Seed the global random numbers by step and process, and make the generator that all processes of a step share."
     s = derive_seed(seed, 'step', step, rank)
-    torch.manual_seed(s)
+    torch.default_generator.manual_seed(s)     # torch.manual_seed also notes where it was called from: up to a third of
+    if torch.cuda.is_available():              # a small network's step
+        torch.cuda.manual_seed_all(s)
     np.random.seed(s % 2**32)
     return torch.Generator().manual_seed(derive_seed(seed, 'step', step))
 
@@ -228,7 +230,7 @@ def _take_step(loop, step, step_fn):
     "One step; returns its loss."
     generator = loop.seeds(loop.seed, step, loop.acc.process_index)
     for group in loop.opt.param_groups:
-        group['lr'] = loop.lr_at(step)
+        group['lr'] = loop.lr_at(step)*group.get('lr_scale', 1.)      # of layers that learn more slowly
     loop.opt.zero_grad()
     loss = step_fn(step, generator).detach()
     if loop.clip:

@@ -5,20 +5,21 @@
 # %% ../nbs/11_new.ipynb #01beda7c
 from __future__ import annotations
 import json, math, os, re, shutil, subprocess, sys, time, unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .data import build_set
 from .inputs import all_files, same_letters
 from .pixels import IMAGE_TYPES, OTHER_TYPES, Limits
+from .price import of_question, price, question_rows, speeds_of
 from .shards import read_manifest, split_hash
-from .study import Study, StudyError, package_root, write_atomic, write_csv
+from .study import Study, StudyError, file_sha256, package_root, write_atomic, write_csv
 
 # %% auto #0
 __all__ = ['pipeline', 'check_place', 'lay_out', 'Found', 'look_into', 'key_of', 'class_keys', 'ambiguous', 'set_aside',
-           'sizes_of', 'Task', 'match_classes', 'Plan', 'params_text', 'seconds_per_image', 'price', 'plans',
-           'affordable', 'lock_of', 'check_apart', 'audit', 'write_task', 'new_task']
+           'sizes_of', 'Task', 'match_classes', 'backbone_entry', 'Plan', 'params_text', 'plans', 'affordable',
+           'lock_of', 'check_apart', 'audit', 'write_task', 'new_task']
 
 # %% ../nbs/11_new.ipynb #4b23d774
 _IN_CLONE = '    deps: [params.yaml, "${root}/nbs", "${root}/synthscale"]\n'
@@ -188,6 +189,7 @@ class Task:
     image_size: int = 32         # pixels per side that networks see
     minutes: float = 30.         # that everything together may take
     seeds: int = 3
+    backbone: str = ''           # a pretrained network: FILE=ARCHITECTURE of timm, or timm/NAME.TAG@COMMIT of the hub
 
     @property
     def inputs(self) -> dict:
@@ -237,6 +239,31 @@ def match_classes(task: Task,     # what was asked for
                              f"photographs' classes ({named}{more}): rename the folder, or take it out")
     return out
 
+# %% ../nbs/11_new.ipynb #e8d5d5be
+def backbone_entry(text: str,   # FILE=ARCHITECTURE or timm/NAME.TAG@COMMIT
+                   folder       # of the study: a file is named from there
+                  ) -> dict:    # entry of params.yaml under models
+    "A pretrained network as params.yaml names it; raises `StudyError` where its weights do not fit, naming tensors."
+    from timm.models import get_pretrained_cfg, is_model
+    from synthscale.backbones import NOT_READ, create_backbone, fit_weights, read_weights
+    file, at, arch = text.rpartition('=')
+    hub = re.fullmatch(r'timm/([A-Za-z0-9_.]+)@([0-9a-f]{40})', text)
+    if not at and not hub:
+        raise StudyError.at('--backbone', text, 'FILE=ARCHITECTURE, such as weights.pth=resnet18, or '
+                            'timm/NAME.TAG@COMMIT with the full commit hash of 40 digits (the hub: "History")')
+    arch = hub[1] if hub else arch
+    if not is_model(arch.partition('.')[0]): raise StudyError.at('--backbone', arch, 'an architecture of timm')
+    c = get_pretrained_cfg(arch)
+    out = dict(type='backbone', input=NOT_READ, arch=arch, mean=list(c.mean), std=list(c.std),
+               input_size=c.input_size[-1], n_classes=c.num_classes, licence=c.license or 'not stated: look it up',
+               origin=f'timm/{arch}' if hub else Path(file).name)
+    if hub: return out | dict(revision=hub[2])
+    weights, own = read_weights(file), create_backbone(dict(arch=arch, kwargs={}, n_classes=c.num_classes, channels=3))
+    names = 'by_name' if set(own.state_dict()) <= set(weights) or file.endswith('.safetensors') else 'by_order'
+    fit_weights(weights, own.state_dict(), names, file)
+    return out | dict(input=os.path.relpath(Path(file).resolve(), Path(folder).resolve()), names=names,
+                      sha256=file_sha256(file), licence='not stated: look it up where the file is from')
+
 # %% ../nbs/11_new.ipynb #7f11b2b7
 @dataclass
 class Plan:
@@ -251,6 +278,9 @@ class Plan:
     channels: int = 3
     shown: int = 12000           # samples_seen_at_100
     seeds: int = 3
+    backbone: dict = None        # its entry under models; None: networks begin at random
+    tuned: bool = True           # whether fine-tuning is tried
+    minutes: float = None        # that training for the verdict may take
 
     @property
     def sizes(self) -> list:
@@ -264,6 +294,12 @@ class Plan:
         "Generated images beside all photographs: four times as many, or as many as there are."
         step = len(self.classes) if self.balance == 'equal' else 1
         return min(self.made.get(name, 0), 4*self.n_train)//step*step
+
+    @property
+    def recipes(self) -> list:
+        "Names of the recipes, the likeliest first."
+        begun = ['probe', *(['tuned'] if self.tuned else [])] if self.backbone else []
+        return [*begun, 'small', 'plain']
 
     @property
     def batch(self) -> int:
@@ -304,18 +340,19 @@ def _lines(texts):
 
 def _curves(task, plan):
     "The curves in params.yaml, one a line."
-    every = _flow(plan.sizes)
-    lines = [f'    photos: {{set: photos, n_images: {every}}}      # how much more photographs help']
+    return [f'    photos: {{set: photos, n_images: {_flow(plan.sizes)}}}      # how much more photographs help']
+
+def _question(task, plan):
+    "The question in params.yaml, one line a key."
     made = [n for n in task.candidate_names if plan.added(n)]
-    if not made: return lines
-    lines.append(f'    longer: {{set: photos, n_images: [{plan.sizes[-1]}], train_multiplier: 2}}'
-                 '      # trained as long as photographs and generated images together')
-    lines.append('  mixtures:              # half of a batch is generated; photographs are shown as often as alone')
-    for n in made:
-        spec = dict(real='photos', synthetic=n, n_real=[plan.sizes[-1]], n_synthetic=[plan.added(n)], real_share=.5,
-                    exposures='real', as_long='longer')
-        lines.append(f'    with_{n}: {_flow(spec)}')
-    return lines
+    n, test = plan.sizes[-1], 'test'
+    more = sorted({plan.added(c) for c in made if plan.added(c) > n})
+    lines = [('photos', 'photos', ''), ('candidates', made, 'of generated images'),
+             ('recipes', plan.recipes, 'the best on the photographs alone is used'),
+             ('test_split', test, 'read once, for the verdict'), ('n_photos', plan.sizes, 'your own curve'),
+             ('n_more', more, 'generated images; a pilot has as many as photographs'), ('seeds', plan.seeds, ''),
+             ('fresh_seeds', 6, 'of the choice measured again'), ('minutes', plan.minutes, 'for its training')]
+    return [f"    {k}: {_flow(v)}{f'      # {said}' if said else ''}" for k, v, said in lines if v is not None]
 
 _HEAD = """# Would generated images help to tell these classes apart? Written by `synthscale new`, to be edited.
 # `dvc repro` computes what an edit concerns, and nothing else.
@@ -323,10 +360,35 @@ root: package                  # the code is the synthscale that is installed
 """
 
 # %% ../nbs/11_new.ipynb #14875990
-_RECIPE = """    reference: ours, for two CPU cores; not tuned on these photographs
-    arch: {name: resnet18, stem: cifar, kwargs: {channels: [16, 32, 64, 128], layers: [1, 1, 1, 1]}}
-"""
+_OURS = 'ours, for CPU cores; not tuned on these photographs'
+_NET = dict(name='resnet18', stem='cifar', kwargs=dict(channels=[16, 32, 64, 128], layers=[1, 1, 1, 1]))
+_ABOUT = dict(small='from nothing, with augmentation', plain='from nothing, without: what augmentation alone brings',
+             probe='a new last layer on a pretrained network', tuned='a pretrained network, all of it trained')
 
+def _recipe(task, plan, name):
+    "A recipe in params.yaml, as one line."
+    flip = plan.channels == 3        # grey images may be writing
+    varied = dict(augment=dict(flip=flip, crop=max(1, task.image_size//16)))
+    adamw = dict(name='adamw', lr=.003, weight_decay=.1)
+    of = dict(reference=_OURS, samples_seen_at_100=plan.shown, samples_seen_power=.3, batch_size=plan.batch)
+    if name in ('small', 'plain'):
+        of |= dict(arch=_NET, optimizer=adamw, label_smoothing=.1) | (varied if name == 'small' else {})
+        return f"  {name}: {_flow(of)}      # {_ABOUT[name]}"
+    largest = plan.backbone['input_size']
+    if name == 'probe':
+        of |= dict(start={'from': 'backbone', 'train': 'head'}, input_size=min(largest, max(64, 4*task.image_size)),
+                   samples_seen_at_100=6400, optimizer=adamw | dict(weight_decay=.5))
+    else:
+        start = {'from': 'backbone', 'train': 'all', 'head_lr': .005, 'layer_decay': .9}
+        of |= dict(start=start, input_size=min(largest, max(64, 2*task.image_size)), samples_seen_at_100=1600,
+                   optimizer=adamw | dict(weight_decay=.05)) | varied
+    return f"  {name}: {_flow(of)}      # {_ABOUT[name]}"
+
+def _models(plan):
+    "The section models, where there is one."
+    return f"models:\n  backbone: {_flow(plan.backbone)}\n\n" if plan.backbone else ''
+
+# %% ../nbs/11_new.ipynb #37571ebb
 def params_text(task: Task,  # what was asked for
                 plan: Plan   # what follows
                ) -> str:     # of params.yaml
@@ -335,7 +397,6 @@ def params_text(task: Task,  # what was asked for
     tests |= dict(ood_set='elsewhere', ood_splits=['ood']) if task.ood else dict(ood_set='photos')
     tests |= dict(in_domain_set='own_test', in_domain_splits=['test']) if task.test else dict(in_domain_set='photos')
     folder = Path(task.folder).resolve()
-    flip, crop = str(plan.channels == 3).lower(), max(1, task.image_size//16)      # grey images may be writing
     equal = 'as many images of each class' if plan.balance == 'equal' else 'classes are of unequal size'
     return f"""{_HEAD}study:
   name: "{folder.name}"
@@ -350,23 +411,21 @@ data:
 
 generate: {{sources: {{}}}}
 
-recipes:
-  small:
-{_RECIPE}    samples_seen_at_100: {plan.shown}      # images shown at 100 photographs: what fits into the minutes
-    samples_seen_power: 0.3
-    batch_size: {plan.batch}
-    optimizer: {{name: adamw, lr: 0.003, weight_decay: 0.1}}
-    label_smoothing: 0.1
-    augment: {{flip: {flip}, crop: {crop}}}      # a flip only where left is right: not for letters and digits
+{_models(plan)}recipes:      # samples_seen_at_100: images shown at 100 photographs, as the minutes allow
+{_lines(_recipe(task, plan, r) for r in plan.recipes)}
 
 classify:
   eval: {_flow(tests)}
-  recipe: small
+  recipe: {plan.recipes[0]}
   seeds: {plan.seeds}
   balance: {plan.balance}               # {equal}
   compute_seeds: 0
   curves:
 {_lines(_curves(task, plan))}
+
+your_task:                     # would generated images help? The answer: results/decision.json
+  decision:
+{_lines(_question(task, plan))}
 
 laws:
   metric: loss_calibrated      # cross-entropy after one temperature, found on the split val
@@ -376,77 +435,43 @@ report:
   samples: {_flow(["photos", *task.candidate_names])}
 """
 
-# %% ../nbs/11_new.ipynb #5578c1f8
-_STAGE_S = 8.        # seconds that a stage takes whatever it does: a kernel, and imports of torch
-_TABLES_S = 60.      # results, laws and report
+# %% ../nbs/11_new.ipynb #239efeff
 _SHOWN = (96000, 48000, 24000, 12000, 6000, 3000)      # samples_seen_at_100 that are tried, and then fewer seeds
 _MARGIN = .8         # of the minutes are planned: machines have slow hours
 
-def seconds_per_image(recipe,        # Recipe
-                      size: int,     # pixels per side
-                      channels: int, # 1 or 3
-                      n_classes: int
-                     ) -> float:
-    "Seconds for one image shown in training by one process, measured on noise for about two seconds."
-    import torch
-    from synthscale.train import create_net, train_net
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        rng, b = np.random.default_rng(0), recipe.batch_size
-        x = rng.integers(0, 256, (2*b, size, size, channels), np.uint8)
-        y, net = np.arange(2*b) % n_classes, create_net(recipe.arch, n_classes, channels, 0)
-        train_net(net, x, y, recipe, b, 0, n_classes=n_classes)                      # the first step is slow
-        steps = max(2, 1024//b)
-        began = time.perf_counter()
-        train_net(net, x, y, recipe, steps*b, 0, n_classes=n_classes)
-        return (time.perf_counter()-began)/(steps*b)
-    finally:
-        torch.set_num_threads(before)
-
-def price(study: Study,        # with its params.yaml as planned
-          per_image: float,    # seconds for an image shown in training by one process
-          built_s: float = 0.  # seconds that its image sets took
-         ) -> pd.DataFrame:    # what, runs, images_shown, minutes
-    "What a study of one's own photographs costs: curves at the measured speed, and what every stage takes anyway."
-    from synthscale.classify import usable_processes
-    from synthscale.curves import curve_points, label_curves_of, samples_of
-    workers, rows = usable_processes(0), []
-    for name, c in label_curves_of(study).items():
-        points = curve_points(c, study.classify.compute_seeds)
-        each = [samples_of(study.recipes[p.recipe], p) for p in points]
-        rounds = -(-len(points)//workers)*workers/len(points)          # the last round may leave a core idle
-        longest = max(sum(each)*rounds/workers, max(each))
-        rows.append(dict(what=f'curve {name}', runs=len(points), images_shown=sum(each),
-                         minutes=(longest*per_image+_STAGE_S)/60))
-    rows.append(dict(what='image sets', runs=len(study.data.sets), images_shown=0,
-                     minutes=(built_s+_STAGE_S*len(study.data.sets))/60))
-    rows.append(dict(what='tables and figures', runs=3, images_shown=0, minutes=_TABLES_S/60))
-    return pd.DataFrame(rows)
-
-# %% ../nbs/11_new.ipynb #239efeff
 def plans(plan: Plan    # as far as it follows from the photographs
          ):             # plans, the dearest first
     "What might be trained."
-    from dataclasses import replace
     for seeds in range(plan.seeds, min(plan.seeds, 2)-1, -1):
         for shown in _SHOWN:
             yield replace(plan, shown=shown, seeds=seeds)
+
+def _anchor_minutes(study, speeds):
+    "What fine-tuning takes on the photographs alone."
+    rows = question_rows(study, 'decision', speeds)
+    return sum(r['seconds'] for r in rows if r['what'].endswith(', tuned'))/60
 
 def affordable(task: Task,        # what was asked for
                plan: Plan,        # as far as it follows from the photographs
                built_s: float     # seconds that the image sets took
               ):                  # the plan, its price
     "The dearest plan that fits into the minutes; raises `StudyError` that says how many the cheapest one needs."
-    per_image, least = None, None
+    speeds, least = None, None
     for p in plans(plan):
         write_atomic(Path(task.folder)/'params.yaml', params_text(task, p))
         study = Study(task.folder)
-        if per_image is None:
-            per_image = seconds_per_image(study.recipes['small'], task.image_size, p.channels, len(p.classes))
-        table = price(study, per_image, built_s)
+        if speeds is None:
+            speeds = speeds_of(study)
+            if p.backbone and _anchor_minutes(study, speeds) > .2*task.minutes:        # too slow to be tried
+                plan.tuned = p.tuned = False
+                write_atomic(Path(task.folder)/'params.yaml', params_text(task, p))
+                study = Study(task.folder)
+        table = price(study, speeds, built_s)
         least = table.minutes.sum()/_MARGIN
-        if least <= task.minutes: return p, table
+        if least > task.minutes: continue
+        p.minutes = round(.9*task.minutes-table.minutes[~of_question(table)].sum(), 1)
+        write_atomic(Path(task.folder)/'params.yaml', params_text(task, p))
+        return p, table
     raise StudyError(f'the cheapest plan takes {math.ceil(least)} minutes on this machine, and --budget is '
                      f'{task.minutes:g}m: allow more, or a smaller --image-size, or fewer --candidates')
 
@@ -548,6 +573,8 @@ def write_task(task: Task    # what was asked for; its folder is laid out
     check_apart(study)
     plan.locked = {n: {s: lock_of(study, n, s)} for n, s in
                    (('own_test' if task.test else 'photos', 'test'), ('elsewhere', 'ood')) if n in study.data.sets}
+    if task.backbone:
+        plan.backbone = backbone_entry(task.backbone, task.folder)
     plan, table = affordable(task, plan, built_s)
     return Study(task.folder), plan, table
 

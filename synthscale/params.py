@@ -353,9 +353,24 @@ def _check_guidance(c, key, scale, model):
     if not least <= scale < float('inf'):      # written so that NaN is refused, too
         c.say(f"{key} is {scale:g}: expected a finite number from {what}")
 
+def _check_start(c, key, name):
+    "A network that training starts from is a backbone, says which weights it has, and takes the study's images."
+    s, m = c.study, c.study.models.get(name)
+    brought = [n for n, model in s.models.items() if isinstance(model, BackboneSpec)]
+    if not isinstance(m, BackboneSpec):
+        c.ref(key, name, brought, 'model of type backbone under models')
+        return
+    if not (m.sha256 or m.revision):
+        c.say(f"models.{name}.sha256 is missing: {key} uses this backbone, and its stage sees no other sign that "
+              "the file of weights has changed (sha256sum FILE prints it)")
+    c.unless(m.channels in (3, s.data.channels), f'models.{name}.channels', m.channels,
+             f'{s.data.channels} as data.channels')
+
 def _check_recipes(c):
-    "Padding for crops is smaller than the image, of which it is a reflection."
+    "Padding for crops is smaller than the image, of which it is a reflection; what is started from is there."
     for n, r in c.study.recipes.items():
+        if r.start:
+            _check_start(c, f'recipes.{n}.start.from', r.start.backbone)
         side = r.input_size or c.study.data.image_size
         c.unless(r.augment.crop < side, f'recipes.{n}.augment.crop', r.augment.crop,
                  f'less than the {side} pixels of an image, whose reflection is the padding')
@@ -364,15 +379,8 @@ def _check_recipes(c):
 def _check_backbone_evaluator(c, key, e):
     "An evaluator's backbone is one, says which weights it has, and has classes for those of the study."
     s, m = c.study, c.study.models.get(e.backbone)
-    brought = [n for n, model in s.models.items() if isinstance(model, BackboneSpec)]
-    if not isinstance(m, BackboneSpec):
-        c.ref(f'{key}.backbone', e.backbone, brought, 'model of type backbone under models')
-        return
-    if not (m.sha256 or m.revision):
-        c.say(f"models.{e.backbone}.sha256 is missing: {key} uses this backbone, and its stage sees no other sign that "
-              "the file of weights has changed (sha256sum FILE prints it)")
-    c.unless(m.channels in (3, s.data.channels), f'models.{e.backbone}.channels', m.channels,
-             f'{s.data.channels} as data.channels')
+    _check_start(c, f'{key}.backbone', e.backbone)
+    if not isinstance(m, BackboneSpec): return
     try:
         class_indices(e.classes, s.study.classes, own_names(m), m.n_classes, f'{key}.classes')
     except StudyError as error:
@@ -387,6 +395,8 @@ def _check_evaluators(c):
             _check_backbone_evaluator(c, f'evaluators.{n}', e)
         else:
             c.ref(f'evaluators.{n}.recipe', e.recipe, s.recipes, 'recipe under recipes')
+            c.unless(e.recipe not in s.recipes or s.recipes[e.recipe].arch, f'evaluators.{n}.recipe', e.recipe,
+                     "a recipe with 'arch'; a pretrained network judges by 'backbone' and 'classes'")
     for k in ('real_evaluator', 'in_domain_evaluator'):
         name = getattr(s.quality, k)
         if not name: continue
@@ -574,6 +584,7 @@ def _check_laws(c):
             if m.n_images in sizes: continue
             c.say(f"{key}.n_images is {m.n_images}: curve {a!r} has no such size (it has {', '.join(map(str, sizes))})")
 
+# %% ../nbs/10_params.ipynb #980032db
 def _check_report(c):
     "The report shows what exists."
     s, curves = c.study, curves_of(c.study)
@@ -589,9 +600,26 @@ def _check_report(c):
         known = [*curves, *s.sets, *s.prompts.every, *s.clip.pools, *s.classify.eval.every]
         c.ref('report.labels', n, known, 'curve, set, prompt set or test split')
 
+def _check_your_task(c):
+    "Questions name sets, recipes and splits that exist, and photographs in the place of photographs."
+    s = c.study
+    for n, t in s.your_task.items():
+        key = f'your_task.{n}'
+        c.ref(f'{key}.photos', t.photos, s.sets, _ANY_SET)
+        for k in t.candidates:
+            c.ref(f'{key}.candidates', k, s.sets, _ANY_SET)
+            c.unless(k not in s.sets or _fits(s, k, 'synthetic'), f'{key}.candidates', k, 'sets of generated images '
+                     '(data.sets.NAME.synthetic says that they are)')
+        c.unless(t.photos not in s.sets or _fits(s, t.photos, 'real'), f'{key}.photos', t.photos,
+                 'a set of real images')
+        for r in t.recipes:
+            c.ref(f'{key}.recipes', r, s.recipes, 'recipe under recipes')
+        c.ref(f'{key}.test_split', t.test_split, s.classify.eval.tested, 'test split under classify.eval')
+        c.unless(sorted({*t.n_photos}) == t.n_photos, f'{key}.n_photos', t.n_photos, 'sizes that rise')
+
 _CHECKS = (_check_classes, _check_sets, _check_case, _check_images, _check_models, _check_prompts, _check_written,
            _check_pools, _check_sources, _check_recipes, _check_evaluators, _check_filters, _check_eval, _check_pairs,
-           _check_curves, _check_laws, _check_report)
+           _check_curves, _check_laws, _check_report, _check_your_task)
 
 # %% ../nbs/10_params.ipynb #a4000018
 REQUIRED = ('study', 'data', 'classify')     # the sections without which there is no study
@@ -654,12 +682,13 @@ def _clip_dump(study, curves):
 def resolved(study: Study    # checked
             ) -> dict:       # contents of build/params.json
     "All parameters of a study with their defaults, as its stages depend on them."
-    recipes = {n: {k: v for k, v in _dump(r).items() if k != 'reference'} for n, r in study.recipes.items()}
     out = {name: _dump(getattr(study, name)) for name in SECTIONS}
     sources = {n: _dump(source_spec(study, n)) for n in study.generate.sources}
     for s in sources.values():
         del s['curve'], s['label']
     out['generate'] |= {'sources': sources}
+    recipes = {n: r.decisive | (dict(backbone=out['models'][r.start.backbone]) if r.start else {})
+               for n, r in study.recipes.items()}
     out['recipes'] = recipes
     out['evaluators'] = {n: _evaluator_dump(e, recipes, out['models']) for n, e in out['evaluators'].items()}
     every = curves_of(study)
@@ -674,6 +703,8 @@ def resolved(study: Study    # checked
     out['quality'] |= {'sets': _dump(scored_sets(study))}
     del out['quality']['balance']
     out['report'] |= {'labels': labels_of(study)}
+    out['your_task'] = {n: _dump(t) | dict(recipes={r: recipes[r] for r in t.recipes}, balance=study.classify.balance)
+                        for n, t in study.your_task.items()}
     out['names'] = dict(sets=study.sets, curves=list(every), scored=list(out['quality']['sets']),
                         judged=list(study.quality.clip),
                         damaged=damaged_pairs(study).to_dict('records'))

@@ -7,13 +7,13 @@ from __future__ import annotations
 import base64
 from typing import Annotated, Literal, Union
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 from .study import Count, Ident, Key, Positive, Rate, Section, StudyError
 
 # %% auto #0
 __all__ = ['ENGINE', 'METRICS', 'PER_IMAGE', 'BUILT_IN', 'RecipesSection', 'mean_recall', 'pack_values', 'unpack_values', 'Arch',
-           'Optimizer', 'Schedule', 'Augment', 'Recipe']
+           'Start', 'Optimizer', 'Schedule', 'Augment', 'Recipe']
 
 # %% ../nbs/00f_recipes.ipynb #a2000007
 ENGINE = 1      # of training and measuring: raise it when a change of `train` or `loop` changes a number
@@ -35,7 +35,7 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 _WEIGHTS = ('checkpoint', 'weights', 'ckpt', 'state_dict', 'file', 'url', 'cache_dir', 'model_dir')
 _FILES = ('.safetensors', '.pt', '.pth', '.bin', '.ckpt', '.npz', '.tar', '.pkl')
 _OUTPUT = ('num_classes', 'in_chans', 'features_only', 'feature_cfg', 'out_indices', 'exportable', 'scriptable')
-_NOT_YET = 'starting from pretrained weights is not supported yet: every network begins at random, by its seed'
+_NOT_YET = 'an arch begins at random, by its seed; pretrained weights are named by `start` in its place'
 
 def _random_name(name):
     "An architecture of timm by its bare name: a tag after a dot, or a place before a colon, names weights."
@@ -84,6 +84,24 @@ class Arch(Section):
     stem: Literal['', 'cifar'] = ''  # cifar: a ResNet begins with a 3x3 convolution of stride 1 and no pooling, as for
                                      # images of 32x32 pixels (He et al. 2016, section 4.2)
 
+class Start(Section):
+    "A pretrained network that training starts from, in the place of an architecture with random weights."
+    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
+    backbone: Ident = Field(alias='from')      # a model of type backbone under models
+    train: Literal['head', 'all']    # head: a linear probe, trained on frozen features that are computed once; all:
+                                     # fine-tuning
+    head_lr: Union[Rate, None] = None          # peak learning rate of the new head; null: that of the optimizer
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0     # factor of the learning rate from each layer to the one
+                                     # before it (timm's layer_decay; Clark et al. 2020), 1: none
+
+    @model_validator(mode='after')
+    def _of_all(self):
+        "A probe has one layer."
+        if self.train == 'head' and (self.layer_decay != 1 or self.head_lr is not None):
+            raise PydanticCustomError('head', "head_lr and layer_decay belong to train: all; with train: head there is "
+                                      "one layer, and its learning rate is optimizer.lr")
+        return self
+
 class Optimizer(Section):
     "An optimizer of timm, by name; weight decay is on matrices and kernels, not on biases and norms, as timm has it."
     name: Ident                      # adamw, sgd, lamb, ... (timm.optim.list_optimizers())
@@ -113,9 +131,11 @@ class Augment(Section):
 class Recipe(Section):
     "How a point is trained: the same for every set and every size of a curve."
     reference: str                   # where it comes from: a paper and its table, or the pilots that chose it
-    arch: Arch
+    arch: Union[Arch, None] = None
+    start: Union[Start, None] = None # a recipe has one of arch and start
     input_size: Union[Positive, None] = None   # pixels per side that the network receives; null: data.image_size. Where
-                                     # it is smaller, test images are cropped at the centre
+                                     # it is smaller, test images are cropped at the centre. With `start` images are
+                                     # resized to it; null: as the backbone says
     samples_seen_at_100: Positive    # images shown in training, repeats included, at 100 unique images
     samples_seen_power: Rate         # samples_seen = samples_seen_at_100 * (n_images / 100) ** samples_seen_power.
                                      # 0: the same for every size; 1: a number of epochs (samples_seen_at_100 / 100)
@@ -131,6 +151,33 @@ class Recipe(Section):
     ema: _Share = 0.0                # decay of the averaged weights that are measured (timm's ModelEmaV3 with warm-up);
                                      # 0: the last weights
     precision: Literal['no', 'bf16', 'fp16'] = 'no'                    # of arithmetic; weights stay in float32
+
+    @model_validator(mode='after')
+    def _one_beginning(self):
+        "Random weights or pretrained ones, and a probe's images as they are."
+        if bool(self.arch) == bool(self.start):
+            found = 'both' if self.arch else 'neither'
+            raise PydanticCustomError('begin', f"expected 'arch' or 'start', exactly one of the two, found {found}")
+        if self.is_probe and self.augment != Augment():
+            raise PydanticCustomError('probe', 'augment: a probe is trained on features that are computed once, so no '
+                                      'image can be varied; expected none with start.train: head')
+        return self
+
+    @property
+    def is_probe(self) -> bool:
+        "Whether only a head is trained, on features."
+        return self.start is not None and self.start.train == 'head'
+
+    @property
+    def crop_size(self) -> Union[int, None]:
+        "Pixels per side of the middle that a network receives; None: the whole image."
+        return None if self.start else self.input_size
+
+    @property
+    def decisive(self) -> dict:
+        "What decides a network that is trained by it, as plain data: all but words, and the way to begin that it has."
+        without = {'reference', 'arch' if self.start else 'start'}
+        return self.model_dump(exclude=without)
 
     def samples_seen(self, n_images: int) -> int:
         "Images shown in training at this many unique images, in whole batches."

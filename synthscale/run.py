@@ -20,7 +20,8 @@ import nbformat
 __all__ = ['TOOLS', 'prepare', 'read_prepared', 'check_code', 'check_prepared', 'declared_parameters', 'typed_value',
            'check_parameters', 'one_writer', 'executed_path', 'execute', 'stage_key', 'cost', 'run_stage', 'run_alone',
            'readme_text', 'refresh', 'readme', 'check_new', 'new_study', 'plan', 'generate_shards', 'verify', 'train',
-           'write_class_table', 'look', 'check', 'explain', 'clip_export', 'agree', 'write_clip_benchmark', 'main']
+           'save_model', 'write_class_table', 'look', 'check', 'explain', 'clip_export', 'agree',
+           'write_clip_benchmark', 'main']
 
 # %% ../nbs/00a_run.ipynb #939b9f30
 _PROMPTS = ('Class tables and files of prompts that params.yaml names (`prompts.classes`, `prompts.sets.NAME.file`). '
@@ -218,8 +219,7 @@ def cost(before,        # resource usage of children before the run
 
 # Words of the command line that are no stages; see below.
 TOOLS = ('prepare', 'repro', 'doctor', 'check', 'why', 'plan', 'generate-shards', 'verify', 'train', 'class-table',
-         'clip-benchmark', 'compare', 'clip-export', 'readme', 'refresh', 'new-study',
-         'new')
+         'clip-benchmark', 'compare', 'clip-export', 'save-model', 'readme', 'refresh', 'new-study', 'new')
 
 def _run_prepared(study, stage, nb, values, out):
     "Execute a prepared notebook; write it and what it cost."
@@ -230,6 +230,9 @@ def _run_prepared(study, stage, nb, values, out):
     os.environ.update(PYTHONPATH=paths, PYTHONHASHSEED='0', PYTHONWARNINGS='ignore:IProgress')   # tqdm wants widgets
     failed = study.path('build', 'failed', f'{stage}-{out.name}.ipynb')
     done = execute(nb, {**values, 'study_dir': '.'}, study.dir, failed)
+    for c in done.cells:
+        if 'say' in c.metadata.get('tags', []):       # what a person at the terminal waits for
+            print(''.join(o.get('text', '') for o in c.outputs if o.get('name') == 'stdout'), end='', flush=True)
     name = stage if out.name == stage else f'{stage}-{out.name}'
     folder = 'report' if stage == 'report' else 'costs'        # the report reads runs/costs, so its own are not there
     write_atomic(study.path('runs', folder, f'{name}.json'), json.dumps(cost(before, began))+'\n')
@@ -418,6 +421,18 @@ def train(study: Study,       # the study
     print(f"{curve}: {n} of {of} points are trained; 'dvc repro' makes the curve of them")
     return 0
 
+def save_model(study: Study,   # the study
+               name: str,      # under your_task, decided
+               folder          # of the model
+              ) -> int:        # exit code
+    "Train and keep the model that a question of your_task recommends."
+    from synthscale import your_task
+    measured = your_task.save_model(study, name, folder)
+    print(f"{folder}: model.safetensors, config.json and README.md; "
+          + ', '.join(f"{k}: top-1 {m['top1']:.1%}" for k, m in measured.items()))
+    return 0
+
+# %% ../nbs/00a_run.ipynb #e2e4298c
 def write_class_table(study: Study,    # the study
                       folder,          # with data.noun and index.noun of WordNet 3.0
                       senses: list     # CLASS=WNID, where another sense than the first is meant
@@ -582,7 +597,7 @@ def _add_new(tool):
     def run(a):
         from synthscale.new import Task, new_task
         new_task(Task(Path(a.folder), Path(a.images), a.test and Path(a.test), a.ood and Path(a.ood),
-                      [Path(c) for c in a.candidates], a.image_size, a.budget, a.seeds))
+                      [Path(c) for c in a.candidates], a.image_size, a.budget, a.seeds, a.backbone))
     one = tool('new', "a study of your own photographs, anywhere: what is in them, a plan and its price", run)
     one.add_argument('folder', help='of the study; it is made')
     one.add_argument('--images', required=True, metavar='DIR', help='photographs, in one folder per class')
@@ -590,6 +605,8 @@ def _add_new(tool):
     one.add_argument('--ood', metavar='DIR', help='others from elsewhere, a second test')
     one.add_argument('--candidates', action='append', default=[], metavar='DIR',
                      help='generated images that exist already; may be repeated')
+    one.add_argument('--backbone', default='', metavar='FILE=ARCH',
+                     help='a pretrained network: FILE=ARCHITECTURE of timm, or timm/NAME.TAG@COMMIT of the hub')
     one.add_argument('--image-size', type=_at_least_1, default=32, metavar='N',
                      help='pixels per side (default: %(default)s)')
     one.add_argument('--budget', type=_minutes, default=30., metavar='TIME', help='90s, 30m, 2h (default: 30m)')
@@ -642,6 +659,10 @@ def _tools():
     one = tool('compare', 'whether two results agree', lambda a: agree(a.a, a.b, a.study))
     for name in 'ab':
         one.add_argument(name, help='results/, the folder of a study, or a commit')
+    one = tool('save-model', 'train and keep the model that a question of your_task recommends',
+               lambda a: save_model(Study(a.study), a.name, a.folder))
+    one.add_argument('name', help='under your_task')
+    one.add_argument('folder', help='of the model; it is made')
     _clip_export_tool(tool)
     _add_clip_benchmark(tool)
     tool('readme', 'README.md from nbs/index.ipynb', lambda a: readme(a.study))

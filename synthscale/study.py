@@ -180,7 +180,7 @@ SECTIONS = {      # section of params.yaml -> module and class that type it
     'prompts': 'prompts.PromptsSection', 'generate': 'generate.GenerateSection', 'recipes': 'recipes.RecipesSection',
     'evaluators': 'evaluators.EvaluatorsSection', 'filters': 'filters.FiltersSection', 'merged': 'merged.MergedSection',
     'quality': 'curves.QualitySection', 'classify': 'curves.ClassifySection', 'clip': 'clip_curves.ClipSection',
-    'laws': 'laws.LawsSection', 'report': 'report.ReportSection'}
+    'laws': 'laws.LawsSection', 'report': 'report.ReportSection', 'your_task': 'your_task.YourTaskSection'}
 
 def section_class(name: str    # of a section
                  ):            # a Section class, or dict[Key, Section class]

@@ -13,14 +13,16 @@ import timm, timm.optim, torch
 from safetensors.torch import load_file, save, save_file
 from torch.nn import functional as F
 from .loop import Average, Loop, NotFinite
-from .recipes import PER_IMAGE, Arch, Augment, Optimizer, Recipe, Schedule, mean_recall, pack_values
+from .recipes import (PER_IMAGE, Arch, Augment, Optimizer, Recipe, Schedule, Start, mean_recall,
+                                pack_values)
 from .study import StudyError, derive_seed, nearest, write_atomic
 
 # %% auto #0
 __all__ = ['create_net', 'n_parameters', 'cifar_stem', 'passes', 'Mix', 'index_stream', 'scaled', 'to_float', 'crop', 'augment',
-           'timm_transform', 'StreamDataset', 'centre', 'iter_batches', 'lr_factor', 'create_optimizer', 'mixup_fn',
-           'losses', 'accelerator', 'image_weights', 'backward', 'train_net', 'logits', 'temperature',
-           'calibration_error', 'measure', 'Best', 'train_and_measure', 'save_net', 'load_net', 'features']
+           'timm_transform', 'StreamDataset', 'centre', 'iter_batches', 'lr_factor', 'parameter_groups',
+           'create_optimizer', 'mixup_fn', 'losses', 'accelerator', 'image_weights', 'backward', 'train_net', 'logits',
+           'temperature', 'calibration_error', 'measure', 'Best', 'train_and_measure', 'save_net', 'load_net',
+           'features']
 
 # %% ../nbs/01a_train.ipynb #78ebc7f7
 def create_net(arch: Arch,      # timm name and keyword arguments
@@ -247,8 +249,13 @@ def iter_batches(images,            # array n x h x w x c, or anything with imag
         ):                  # yields float batches, channels first
     "The images of each batch of a stream, from step `start` on; draws nothing from the global random numbers."
     stream = torch.as_tensor(stream)
+    if recipe.is_probe:                      # features, which are neither scaled nor varied
+        x = torch.tensor(np.asarray(images), device=device)
+        for i in stream[start:].to(device):
+            yield x[i]
+        return
     channels = images[0].shape[-1]
-    size = recipe.input_size or images[0].shape[0]
+    size = recipe.crop_size or images[0].shape[0]
     transform = timm_transform(recipe, size, channels)
     if transform is None and isinstance(images, np.ndarray):
         x = torch.tensor(images).permute(0, 3, 1, 2).contiguous().to(device)
@@ -275,13 +282,32 @@ def lr_factor(step: int,                        # from 0
     done = (step-warm)/max(1, steps-warm)
     return dict(cosine=.5*(1+math.cos(math.pi*done)), linear=1-done, constant=1.)[schedule.name]
 
-def create_optimizer(net,               # torch module
-                     spec: Optimizer    # name, rate, decay
+def parameter_groups(net,               # a backbone of timm with a new head
+                     spec: Optimizer,   # peak rate and weight decay
+                     start: Start       # rate of the head, decay of the rate from layer to layer
+                    ) -> list:          # groups of parameters; lr_scale is what the rate of a step is multiplied by
+    "timm's groups of parameters by layer and weight decay, those of the head apart."
+    groups = (timm.optim.param_groups_weight_decay(net, spec.weight_decay) if start.layer_decay == 1 else
+              timm.optim.param_groups_layer_decay(net, spec.weight_decay, layer_decay=start.layer_decay))
+    head, out = {id(p) for p in net.get_classifier().parameters()}, []
+    scale = 1. if start.head_lr is None else start.head_lr/spec.lr
+    for g in groups:
+        own = dict(weight_decay=g['weight_decay'])
+        for is_head in (False, True):
+            these = [p for p in g['params'] if (id(p) in head) == is_head]
+            if these:
+                out.append(own | dict(params=these, lr_scale=scale if is_head else g.get('lr_scale', 1.)))
+    return out
+
+def create_optimizer(net,                  # torch module
+                     spec: Optimizer,      # name, rate, decay
+                     start: Start = None   # of a network that began pretrained: a `Tuned` of started
                     ):
     "A timm optimizer for a network."
     fused = dict(fused=True) if spec.name in ('adam', 'adamw', 'sgd', 'nesterov', 'momentum') else {}
+    of = parameter_groups(net.net, spec, start) if start and start.train == 'all' else net
     try:
-        return timm.optim.create_optimizer_v2(net, spec.name, spec.lr, spec.weight_decay, **fused,
+        return timm.optim.create_optimizer_v2(of, spec.name, spec.lr, spec.weight_decay, **fused,
                                               **_tuples(spec.kwargs))
     except (ValueError, TypeError, AssertionError) as e:
         hint = nearest(spec.name, timm.optim.list_optimizers())
@@ -377,7 +403,7 @@ def train_net(net,                     # changed in place
                          "mixup and cutmix take images in pairs, expected an even number")
     net.to(acc.device)
     average = Average(net, recipe.ema) if recipe.ema else None
-    model, opt = acc.prepare(net, create_optimizer(net, recipe.optimizer))
+    model, opt = acc.prepare(net, create_optimizer(net, recipe.optimizer, recipe.start))
     def lr_at(step):
         return recipe.optimizer.lr*lr_factor(step, steps, recipe.schedule)
     loop = Loop(net, opt, steps, lr_at, seed, recipe.optimizer.clip, average, state, every, acc=acc)
@@ -399,9 +425,12 @@ def train_net(net,                     # changed in place
 
 # %% ../nbs/01a_train.ipynb #103788c6
 def _batches(net, images, batch, size):
-    "The images in parts, as the network takes them and on its device."
+    "The images, or features of images, in parts, as the network takes them and on its device."
     device = next(net.parameters()).device
     for i in range(0, len(images), batch):
+        if images[0].ndim == 1:
+            yield torch.tensor(np.asarray(images[i:i+batch]), device=device)
+            continue
         x = to_float(images[i:i+batch]).to(device)
         yield centre(x, size or x.shape[-1])
 
@@ -504,17 +533,19 @@ def train_and_measure(images,                  # the training subset
                       within=(),               # splits on which only their own classes compete
                       checkpoints: int = 0,    # validations on the way
                       folder=None,             # for weights, and for the state of a killed run
-                      acc=None                 # accelerator; None: made here
+                      acc=None,                # accelerator; None: made here
+                      net=None                 # what is trained; None: the recipe's architecture from the seed
                      ) -> dict:    # split -> what `measure` gives
     "Train one point and measure it on every test split."
-    net, (first, *_) = create_net(recipe.arch, n_classes, images[0].shape[-1], derive_seed(seed, 'init')), tests
+    first, *_ = tests
+    net = net or create_net(recipe.arch, n_classes, images[0].shape[-1], derive_seed(seed, 'init'))
     acc = acc or accelerator(recipe)
     steps, state = samples_seen//recipe.batch_size, Path(folder)/'state.safetensors' if folder else None
-    best = Best(folder, tests[first], n_classes, recipe.input_size, acc.is_main_process) if checkpoints else None
+    best = Best(folder, tests[first], n_classes, recipe.crop_size, acc.is_main_process) if checkpoints else None
     at = {round(steps*(k+1)/checkpoints) for k in range(checkpoints)}
     train_net(net, images, labels, recipe, samples_seen, derive_seed(seed, 'stream'), mix, n_classes, state,
               at=at, callback=best, acc=acc)
-    outs = {k: logits(net, x, size=recipe.input_size) for k, (x, _) in tests.items()}
+    outs = {k: logits(net, x, size=recipe.crop_size) for k, (x, _) in tests.items()}
     scale = temperature(outs[first], tests[first][1])
     return {k: measure(outs[k], y, n_classes, scale, k in within) | dict(temperature=scale)
             for k, (_, y) in tests.items()}

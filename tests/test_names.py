@@ -19,12 +19,14 @@ def bare(tmp_path_factory):
     return d
 
 def with_texts():
-    "The parameters of the smoke study with a prompt set of every kind, and a section about pairs."
+    "The parameters of the smoke study with a prompt set of every kind, a section about pairs, and a question."
     p, texts = smoke_params(), smoke_text_models()
     p['models'] |= texts.pop('models')
     p['prompts'] |= texts
     p['clip'] = with_pairs(smoke_params())['clip']
     p['quality']['clip'] = dict(rendered=dict(model='judge'))
+    p['your_task'] = dict(decision=dict(photos='digits', candidates=['rendered'], recipes=['convnext_digits'],
+                                        test_split='test', n_photos=[20]))
     return p
 
 def write(d, place, names):

@@ -1,5 +1,5 @@
 "A study of one's own photographs: what is refused, what is set aside, and that nothing stays of what fails."
-import shutil, zipfile, zlib
+import json, shutil, zipfile, zlib
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
@@ -175,7 +175,9 @@ def test_a_class_named_like_a_word_of_yaml_stays_a_name(here, tmp_path):
 
 def shorter(p):
     "Trained for a second."
-    p['recipes']['small']['samples_seen_at_100'] = 640
+    for r in ('small', 'plain'):
+        p['recipes'][r]['samples_seen_at_100'] = 640
+    p['your_task']['decision']['fresh_seeds'] = 2
 
 @pytest.mark.slow
 def test_the_command_writes_a_study_that_runs(here, tmp_path):
@@ -185,12 +187,15 @@ def test_the_command_writes_a_study_that_runs(here, tmp_path):
                '--budget', '20m', '--seeds', '2'], tmp_path)
     assert 'Nothing is trained yet' in said
     edit(tmp_path/'mine', shorter)
-    made = ran(sh('dvc repro', tmp_path/'mine'))
-    assert {'data@photos', 'classify@photos', 'classify_mixtures@with_made', 'report'} <= made
+    said = sh('dvc repro', tmp_path/'mine')
+    made = ran(said)
+    assert {'data@photos', 'classify@photos', 'your_task@decision', 'report'} <= made
     lock = (tmp_path/'mine'/'dvc.lock').read_text()
     assert str(ROOT) not in lock and 'site-packages' not in lock
-    added = pd.read_csv(tmp_path/'mine'/'results'/'added_data.csv')
-    assert set(added.curve) == {'with_made'} and set(added.against) == {'longer'}
+    decided = json.loads((tmp_path/'mine'/'results'/'decision.json').read_text())
+    assert decided['verdict'].upper() in said and decided['source']['set'] == 'made'
+    sh('synthscale save-model decision kept', tmp_path/'mine')
+    assert {p.name for p in (tmp_path/'mine'/'kept').iterdir()} == {'README.md', 'config.json', 'model.safetensors'}
     assert ran(sh('dvc repro', tmp_path/'mine')) == {'prepare'}
     for i in range(20):
         photo(d/'cat'/f'another{i}.png')
@@ -205,4 +210,5 @@ def test_plans_of_every_kind_are_read_back(here, tmp_path):
     (tmp_path/'params.yaml').write_text(text)
     study = Study(tmp_path)
     assert study.data.sets['more'].classes == dict(cat='cat', owl=None) and study.data.sets['more'].fewer_classes
-    assert study.classify.mixtures['with_more'].n_synthetic == [4]
+    q = study.your_task['decision']
+    assert (q.candidates, q.n_more, q.recipes) == (['made', 'more'], [60], ['small', 'plain'])

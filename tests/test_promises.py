@@ -172,7 +172,7 @@ def test_what_other_families_cannot_do_or_ignore_is_named(tmp_path):
     dict(kwargs=dict(cache_dir='x')), dict(kwargs=dict(weights='IMAGENET1K_V1')),
     dict(kwargs=dict(other='w/eights.pt'))])
 def test_weights_that_would_be_ignored_or_untracked_are_refused(arch):
-    with pytest.raises(StudyError, match='r.arch.*starting from pretrained weights is not supported yet'):
+    with pytest.raises(StudyError, match='r.arch.*pretrained weights are named by `start` in its place'):
         validated(Arch, dict(name='resnet18') | arch, 'recipes.r.arch', 'params.yaml')
 
 @pytest.mark.parametrize('key', ['features_only', 'out_indices', 'num_classes', 'in_chans', 'feature_cfg'])
