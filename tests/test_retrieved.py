@@ -1,4 +1,4 @@
-"Retrieved sets: each photo at its class, no copy of a test among them, the same whatever the files are called, and DVC."
+"Retrieved sets: each photo at its class, no copy of a test among them, the same whatever files are called, and DVC."
 import copy, io, json, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, timm, torch
@@ -157,7 +157,8 @@ def test_too_few_photos_are_an_error_with_the_number_of_each_class(study):
     before = file_sha256(study.set_dir('nearest')/'manifest.parquet')
     p = copy.deepcopy(study.raw)
     p['retrieved']['nearest']['n_per_class'] = 7
-    with pytest.raises(StudyError, match=r'retrieved.nearest.n_per_class is 7: .*red 6, green 6 \(17 photos in the pool'):
+    words = r'retrieved.nearest.n_per_class is 7: .*red 6, green 6 \(17 photos in the pool'
+    with pytest.raises(StudyError, match=words):
         retrieve_set(Study(study.dir, p), 'nearest')
     assert before == file_sha256(study.set_dir('nearest')/'manifest.parquet')
     with pytest.raises(StudyError, match="no retrieved set 'nearst'.*did you mean 'nearest'"):
@@ -282,14 +283,14 @@ def test_dvc_retrieves_again_when_the_pool_or_the_tests_change(tmp_path):
     (repo/'data'/taken).rename(repo/'data'/'photos'/'test'/first['class'].iloc[0]/'new.png')
     assert repro('retrieved') == {'data@photos', 'data@pool', 'retrieved@nearest'}
     assert first.sha256.iloc[0] not in set(pd.read_parquet(repo/'sets'/'nearest'/'manifest.parquet').sha256)
-    sh(['synthscale', 'check'], repo)
+    sh(['python', '-m', 'synthscale.run', 'check'], repo)
 
 # ---- real photographs and real weights
 
 @PHOTOS
 @pytest.mark.slow
 def test_real_weights_retrieve_real_photographs(tmp_path):
-    """From 1,000 photographs of CIFAR-10 without labels, 20 labelled ones of each class find 50 each, most of which are
+    """From 1,000 photographs of CIFAR-10 without labels, 20 labelled ones of each class find 40 each, most of which are
     of the class; copies of test photographs in the pool are left out."""
     with zipfile.ZipFile(SHARED/'cifar10_jpg.zip') as z:
         for n in z.namelist():
@@ -306,7 +307,7 @@ def test_real_weights_retrieve_real_photographs(tmp_path):
     p['data'] |= dict(root='.', shard_size=1000)
     p['models'] = dict(net=LITE0 | dict(input_size=128))
     p['classify']['eval'] |= dict(validation='test', test_splits=[])
-    p['retrieved']['nearest'] |= dict(n_per_class=50)
+    p['retrieved']['nearest'] |= dict(n_per_class=40)
     dump(p, tmp_path/'params.yaml')
     study = check_study(Study(tmp_path))
     for s in study.data.sets:
@@ -316,4 +317,4 @@ def test_real_weights_retrieve_real_photographs(tmp_path):
     right = m['class'] == m.file.str.extract(r'pool/([a-z]+)_')[0].to_numpy()
     by_class = right.groupby(m['class']).mean()
     print(f'precision {right.mean():.3f}', by_class.round(2).to_dict(), retrieved_counts(study, 'nearest').to_string())
-    assert len(m) == 500 and right.mean() > .6 and by_class.min() > .3
+    assert len(m) == 400 and right.mean() > .6 and by_class.min() > .3
