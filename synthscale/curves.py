@@ -135,6 +135,7 @@ def is_synthetic(study: Study,  # the study
     if name in study.raw.get('filters', {}): return is_synthetic(study, study.filters[name].set)
     if name in study.raw.get('merged', {}):
         return any(is_synthetic(study, s) for s in (study.merged[name].first, study.merged[name].second))
+    if name in study.raw.get('retrieved', {}): return is_synthetic(study, study.retrieved[name].pool)
     if name not in study.data.sets: raise StudyError(f"no image set {name!r}{nearest(name, study.sets)}")
     return study.data.sets[name].is_synthetic
 

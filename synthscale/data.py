@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 from .inputs import (FilesSpec, FolderSpec, HubImagesSpec, ImagesSpec, PairsSpec, ShardsSpec, TilesSpec,
                                folder_entries, hold_out, hub_entries, image_samples, named_entries, shard_samples,
-                               tile_entries, translate, usable)
+                               tile_entries, translate, unlabelled_entries, usable)
 from .pairs import pair_samples
 from .pixels import Limits, NearHashes, difference_hash
 from .shards import (balanced_order, check_locked, check_set, encode_png, file_names, sample_grid,
@@ -336,13 +336,18 @@ def set_samples(study: Study,   # the study
         seen = dict(background=spec.background or '', value_range=spec.value_range)
         return shard_samples(path, classes, size, ch, left_out, study.data.limits, **seen), None
     if spec.type == 'pairs': return pair_samples(study, name, path, left_out)
-    found = translate(_entries(study, spec, path, left_out), spec, classes, name, left_out)
+    unlabelled = getattr(spec, 'unlabelled', False)
+    if unlabelled:
+        found = [(e.split, 0, e) for e in unlabelled_entries(path, left_out, study.data.limits)]
+    else:
+        found = translate(_entries(study, spec, path, left_out), spec, classes, name, left_out)
     try:
         found = usable(found, spec, size, ch, left_out, study.data.limits)
     except StudyError as e:
         raise StudyError(f"set {name!r}: {e}") from None
     kept = hold_out(found, spec, seed, name)
-    return image_samples(kept, spec, size, ch, left_out, study.data.limits), len(found)
+    samples = image_samples(kept, spec, size, ch, left_out, study.data.limits)
+    return ({**s, 'unlabelled': True} for s in samples) if unlabelled else samples, len(found)
 
 # %% ../nbs/01_data.ipynb #755e5bf2
 def near_copies(m: pd.DataFrame,   # manifest
@@ -396,7 +401,7 @@ def build_set(study: Study,  # the study
             yield s
     m = write_set(folder, watched(), classes, study.data.shard_size, total)
     try:
-        check_set(m, name, classes, getattr(spec, 'fewer_classes', False))
+        check_set(m, name, classes, getattr(spec, 'fewer_classes', False) or getattr(spec, 'unlabelled', False))
         check_locked(m, name, getattr(spec, 'locked', {}))
     except StudyError:
         shutil.rmtree(folder)                # nobody is to find it

@@ -288,8 +288,8 @@ def doctor(study: Study,          # the study
 # %% ../nbs/00i_doctor.ipynb #944cbf98
 # What dvc.yaml makes stages of.
 _PLACES = ('data.sets', 'models', 'prompts.sets', 'prompts.written', 'prompts.captions', 'generate.sources',
-           'evaluators', 'filters', 'merged', 'quality.sets', 'quality.clip', 'classify.curves', 'classify.mixtures',
-           'clip.pools', 'clip.curves', 'clip.mixtures', 'your_task')
+           'evaluators', 'filters', 'merged', 'retrieved', 'quality.sets', 'quality.clip', 'classify.curves',
+           'classify.mixtures', 'clip.pools', 'clip.curves', 'clip.mixtures', 'your_task')
 
 def check_name(key: str,    # a name of params.yaml that becomes part of paths
                where        # of it, for errors

@@ -19,8 +19,8 @@ from .study import Count, Ident, Positive, Section, StudyError, nearest
 
 # %% auto #0
 __all__ = ['ImagesSpec', 'FolderSpec', 'FilesSpec', 'TilesSpec', 'HubImagesSpec', 'PairsSpec', 'ShardsSpec', 'Entry', 'all_files',
-           'files_below', 'same_letters', 'folder_entries', 'named_entries', 'tile_entries', 'hub_splits',
-           'hub_entries', 'in_order', 'translate', 'usable', 'hold_out', 'image_samples', 'shard_samples']
+           'files_below', 'same_letters', 'folder_entries', 'unlabelled_entries', 'named_entries', 'tile_entries',
+           'hub_splits', 'hub_entries', 'in_order', 'translate', 'usable', 'hold_out', 'image_samples', 'shard_samples']
 
 # %% ../nbs/00m_inputs.ipynb #b78a42e8
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -63,6 +63,9 @@ class ImagesSpec(Section):
 class FolderSpec(ImagesSpec):
     "One folder per class (torchvision's ImageFolder), with or without train/val/test above; a folder or a zip."
     type: Literal['imagefolder']     # SPLIT/CLASS/image or CLASS/image (then all are 'train')
+    unlabelled: bool = False         # true for photos without classes, which `retrieved` may choose from: every image
+                                     # below `input`, in whatever folders, is 'train', and its class, the study's first
+                                     # one, says nothing (column `unlabelled` of the manifest)
 
 class FilesSpec(ImagesSpec):
     "Images whose names hold the class and, where there are any, the split; a folder or a zip."
@@ -254,6 +257,15 @@ def folder_entries(path,           # folder or zip
         raise StudyError(f"{path}: {len(files)} images, none of them in CLASS/image or SPLIT/CLASS/image; type 'files' "
                          "reads other layouts")
     return entries
+
+def unlabelled_entries(path,           # folder or zip
+                       left_out=None,  # list, filled: files that are passed over, and why
+                       limits: Limits = Limits()    # what is too much in a zip
+                      ) -> list:
+    "Every image below a folder, whatever its place; all are 'train' and none has a class."
+    files = files_below(path, left_out, limits)
+    if not files: raise StudyError(f"{path}: no image in it or in any folder below")
+    return [Entry(f'{Path(path).name}/{f}', 'train', '', read) for f, read in files.items()]
 
 def named_entries(path,           # folder or zip
                   pattern: str,   # regular expression with a group `class`, perhaps `split`

@@ -58,7 +58,7 @@ def renamed_keys(raw: dict    # contents of params.yaml
     return [(found, now) for old, now in RENAMED.items() for found in _places(raw, old.split('.'))]
 
 # %% ../nbs/10_params.ipynb #a4000010
-_ANY_SET = 'set under data.sets, generate.sources, filters or merged'
+_ANY_SET = 'set under data.sets, generate.sources, filters, merged or retrieved'
 
 class _Checks:
     "The study, and messages about what is wrong with it."
@@ -106,7 +106,7 @@ def _check_sets(c):
     "Each image set has a name of its own."
     s = c.study
     places = {'data.sets': s.data.sets, 'generate.sources': s.generate.sources, 'filters': s.filters,
-              'merged': s.merged}
+              'merged': s.merged, 'retrieved': s.retrieved}
     for n in dict.fromkeys(s.sets):
         where = [k for k, there in places.items() if n in there]
         if len(where) < 2: continue
@@ -133,6 +133,44 @@ def _check_filters(c):
             c.ref(f'merged.{n}.{slot}', getattr(m, slot), [k for k in s.sets if k != n], _ANY_SET)
         if m.first == m.second:
             c.say(f"merged.{n} names {m.first!r} twice: expected two sets")
+
+def _check_retrieved(c):
+    "Retrieved sets are made of a pool that nothing is tested on, by a backbone that reads its images."
+    s, e = c.study, c.study.classify.eval
+    brought = [k for k, m in s.models.items() if isinstance(m, BackboneSpec)]
+    for n, r in s.retrieved.items():
+        key = f'retrieved.{n}'
+        for slot in ('pool', 'photos'):
+            c.ref(f'{key}.{slot}', getattr(r, slot), s.data.sets, 'set under data.sets')
+        c.unless(r.pool != r.photos, f'{key}.pool', r.pool, 'another set than the training photos')
+        tested = any((r.pool, r.split) == (e.set_of(k), k) for k in e.every)
+        c.unless(not tested, f'{key}.split', r.split,
+                 f"a split of {r.pool!r} that no model is validated or tested on (classify.eval)")
+        c.ref(f'{key}.backbone', r.backbone, brought, 'model of type backbone under models')
+        if r.backbone not in brought: continue
+        channels = s.models[r.backbone].channels
+        c.unless(channels in (3, s.data.channels), f'models.{r.backbone}.channels', channels,
+                 f'{s.data.channels} as data.channels')
+
+_LEARNED = ('set', 'ood_set', 'in_domain_set', 'real', 'synthetic', 'first', 'second', 'photos', 'input')
+
+def _texts(data, at=()):
+    "The texts in nested dicts, each with its keys."
+    if isinstance(data, dict): return [x for k, v in data.items() for x in _texts(v, (*at, str(k)))]
+    return [(at, data)] if isinstance(data, str) else []
+
+def _check_unlabelled(c):
+    "Nothing learns the classes of a set without labels or is tested on them, and nothing translates its folders."
+    sets = {n: x for n, x in c.study.data.sets.items() if getattr(x, 'unlabelled', False)}
+    for n, x in sets.items():
+        for k in ('splits', 'classes'):
+            c.unless(not getattr(x, k), f'data.sets.{n}.{k}', getattr(x, k), 'none: unlabelled photos have no folders '
+                     'that say anything')
+    places = {k: v for k, v in c.study.raw.items() if k != 'data'}
+    named = [(at, v.removeprefix('sets/')) for at, v in _texts(places) if at[-1] in _LEARNED]
+    named += [(('quality', 'sets', n), n) for n in c.study.quality.sets]
+    for at, n in named:
+        c.unless(n not in sets, '.'.join(at), n, 'a set with labels: this one is unlabelled, a pool for `retrieved`')
 
 # %% ../nbs/10_params.ipynb #a4000011
 _HASH = 'a full commit hash of 40 hexadecimal digits, because branches and tags move'
@@ -316,10 +354,10 @@ def _check_prompt_names(c, p):
 def _check_pools(c):
     "Caption pools are made of sets that exist and hold no test image."
     s, e = c.study, c.study.classify.eval
-    own = {**s.data.sets, **s.filters, **s.merged}
+    own = {**s.data.sets, **s.filters, **s.merged, **s.retrieved}
     for name, p in s.clip.pools.items():
         key = f'clip.pools.{name}'
-        c.ref(f'{key}.set', p.set, own, 'set under data.sets, filters or merged')
+        c.ref(f'{key}.set', p.set, own, 'set under data.sets, filters, merged or retrieved')
         tested = any((p.set, p.split) == (e.set_of(n), n) for n in e.every)
         c.unless(not tested, f'{key}.split', p.split,
                  f"a training split of {p.set!r}: models are validated or tested on this one (classify.eval)")
@@ -416,6 +454,7 @@ def known_splits(spec    # of a set under data.sets
     if isinstance(spec, MnistDigitsSpec): return ['train', 'val', 'test']
     if isinstance(spec, RenderedDigitsSpec): return list(spec.splits)
     if isinstance(spec, PairsSpec) and spec.lists and not spec.splits: return list({**spec.lists, **spec.hold_out})
+    if getattr(spec, 'unlabelled', False): return ['train', *spec.hold_out]
     if not isinstance(spec, ImagesSpec) or not spec.splits: return None
     return list(dict.fromkeys([*(s for s in spec.splits.values() if s), *spec.hold_out]))
 
@@ -429,6 +468,7 @@ def _check_splits(c):
               if not isinstance(m, (HubSpec, LocalSpec, BackboneSpec))]
     named += [(f'prompts.captions.{k}.split', p.set, p.split) for k, p in s.prompts.captions.items()]
     named += [(f'clip.pools.{k}.split', p.set, p.split) for k, p in s.clip.pools.items()]
+    named += [(f'retrieved.{k}.split', r.pool, r.split) for k, r in s.retrieved.items()]
     for key, name, split in named:
         known = known_splits(s.data.sets[name]) if name in s.data.sets else None
         if known is None or split in known: continue
@@ -618,7 +658,8 @@ def _check_your_task(c):
         c.unless(sorted({*t.n_photos}) == t.n_photos, f'{key}.n_photos', t.n_photos, 'sizes that rise')
 
 _CHECKS = (_check_classes, _check_sets, _check_case, _check_images, _check_models, _check_prompts, _check_written,
-           _check_pools, _check_sources, _check_recipes, _check_evaluators, _check_filters, _check_eval, _check_pairs,
+           _check_pools, _check_sources, _check_recipes, _check_evaluators, _check_filters, _check_retrieved,
+           _check_unlabelled, _check_eval, _check_pairs,
            _check_curves, _check_laws, _check_report, _check_your_task)
 
 # %% ../nbs/10_params.ipynb #a4000018
@@ -643,7 +684,7 @@ def problems(study: Study    # as read, not yet checked
         c = _Checks(study)
         check(c)
         found += c.found
-        builds = (_check_sets, _check_filters, _check_pairs, _check_curves)      # what follows builds on these
+        builds = (_check_sets, _check_filters, _check_retrieved, _check_pairs, _check_curves)     # what follows builds
         if c.found and check in builds: break
     return list(dict.fromkeys(found))
 

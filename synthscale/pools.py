@@ -18,7 +18,7 @@ __all__ = ['PoolSpec', 'pool_spec', 'pool_table', 'write_pool', 'read_pool', 'so
 # %% ../nbs/03b_pools.ipynb #4809d691
 class PoolSpec(Section):
     "Captions of a set's images: what the arms of a comparison have in common."
-    set: Ident                       # images with captions: under data.sets, filters or merged
+    set: Ident                       # images with captions: under data.sets, filters, merged or retrieved
     split: Ident = 'train'           # never one that is tested on
     n: Union[Positive, None] = None  # images, classes in equal numbers; null: all of the split
 

@@ -12,7 +12,7 @@ from .study import Study, package_root, read_yaml
 
 # %% auto #0
 __all__ = ['font_table', 'make_inputs', 'smoke_inputs', 'smoke_params', 'smoke_text_models', 'with_pairs', 'run_smoke',
-           'smoke_study', 'smoke_pairs_study']
+           'smoke_study', 'smoke_pairs_study', 'photo_tiles', 'write_photos', 'photo_params', 'smoke_photos_study']
 
 # %% ../nbs/00b_smoke.ipynb #30c92360
 _FONTS = {'DejaVuSans': 'sans', 'DejaVuSansMono': 'monospaced', 'DejaVuSerif': 'serif', 'STIXGeneral': 'times'}
@@ -222,6 +222,7 @@ _STAGES = {
     'evaluators': ('synthscale.evaluators:build_evaluator', attrgetter('evaluators'), {}),
     'filters': ('synthscale.filters:filter_set', attrgetter('filters'), {}),
     'merged': ('synthscale.merged:merge_sets', attrgetter('merged'), {}),
+    'retrieved': ('synthscale.retrieved:retrieve_set', attrgetter('retrieved'), {}),
     'quality': ('synthscale.quality:score_set', _scored, {}),
     'classify': ('synthscale.classify:run_curve', _curves, dict(workers=1)),
     'clip': ('synthscale.clip:run_pairs', _pair_curves, dict(workers=1)),
@@ -241,19 +242,19 @@ def run_smoke(study: Study,  # the study
 
 # %% ../nbs/00b_smoke.ipynb #5fefc57f
 @functools.cache
-def smoke_study(*stages    # of data, models, prompts, pools, generate, evaluators, filters, merged, quality, classify,
-                           # clip, results and laws: run them, in this order; 'all' means the first eight
+def smoke_study(*stages    # of data, models, prompts, pools, generate, evaluators, filters, merged, retrieved, quality,
+                           # classify, clip, results and laws: run them, in this order; 'all' means the first eight
                ) -> str:   # the study's folder
     "Make the smoke study in a temporary folder and run the given stages in this process; once per process."
     return _small_study(smoke_params(), stages)
 
-def _small_study(params, stages):
+def _small_study(params, stages, inputs=None):
     "A study in a temporary folder, with some of its stages run."
     from ruamel.yaml import YAML
     folder = Path(tempfile.mkdtemp(prefix='synthscale-smoke-'))
     with open(folder/'params.yaml', 'w') as f:
         YAML().dump(params, f)
-    (folder/'data').symlink_to(smoke_inputs())
+    (folder/'data').symlink_to(inputs or smoke_inputs())
     run_smoke(Study(folder), stages)
     return str(folder)
 
@@ -262,3 +263,71 @@ def smoke_pairs_study(*stages    # after data, models, pools and generate
                      ) -> str:   # the study's folder
     "The smoke study with image-caption pairs in a temporary folder, once per process."
     return _small_study(with_pairs(smoke_params()), ('data', 'models', 'pools', 'generate', *stages))
+
+# %% ../nbs/00b_smoke.ipynb #7234e2ce
+@functools.cache
+def photo_tiles() -> dict:    # class -> uint8, 84 x 32 x 32 x 3
+    "Two photographs that scikit-learn ships, of a temple and of a flower, each cut into 84 tiles of 32 pixels."
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+    out = {}
+    for name, file in (('temple', 'china.jpg'), ('flower', 'flower.jpg')):
+        photo = Image.fromarray(load_sample_image(file))
+        boxes = [(x, y, x+53, y+53) for y in range(0, photo.height-56, 53) for x in range(0, photo.width-56, 53)]
+        out[name] = np.stack([photo.resize((32, 32), Image.Resampling.BOX, box) for box in boxes])
+    return out
+
+def _photo_parts():
+    "Where each tile goes: (folder, class, tile); the pool has copies of test tiles, one of them mirrored, as well."
+    import numpy as np
+    rng, parts, pool = np.random.default_rng(0), [], []
+    for name, tiles in photo_tiles().items():
+        order = rng.permutation(len(tiles))
+        for split, (a, b) in dict(train=(0, 24), val=(24, 30), test=(30, 40)).items():
+            parts += [(f'photos/{split}/{name}', tiles[i]) for i in order[a:b]]
+        pool += [tiles[i] for i in (*order[40:], *order[30:35], *order[:3])]     # of its own, of test, of training
+        pool.append(tiles[order[35]][:, ::-1])
+    return parts+[('pool', pool[i]) for i in rng.permutation(len(pool))]
+
+def write_photos(folder    # written: photos/SPLIT/CLASS, pool/ without classes, and net.safetensors
+                ) -> Path:
+    "Real photographs to learn from and to be tested on, a pool of unlabelled ones, and a backbone of random weights."
+    import timm, torch
+    from safetensors.torch import save_file
+    from synthscale.shards import encode_png
+    folder = Path(folder)
+    for k, (place, tile) in enumerate(_photo_parts()):
+        (folder/place).mkdir(parents=True, exist_ok=True)
+        (folder/place/f'{k:03d}.png').write_bytes(encode_png(tile))
+    torch.manual_seed(0)
+    save_file(timm.create_model('test_resnet', num_classes=0).state_dict(), folder/'net.safetensors')
+    return folder
+
+
+# %% ../nbs/00b_smoke.ipynb #bc22791a
+def photo_params() -> dict:
+    "A study of two classes of photographs, whose rival of generated images is a pool of other photographs."
+    p = smoke_params()
+    for key in ('models', 'prompts', 'generate', 'evaluators', 'filters', 'merged', 'quality', 'report'):
+        del p[key]
+    p['study'] = dict(name='smoke_photos', seed=0, classes=['temple', 'flower'])
+    p['data'] = dict(root='data', image_size=32, channels=3, shard_size=50, sets=dict(
+        photos=dict(type='imagefolder', input='photos'), pool=dict(type='imagefolder', input='pool', unlabelled=True)))
+    p['models'] = dict(net=dict(
+        type='backbone', input='data/net.safetensors', arch='test_resnet', mean=[.5]*3, std=[.5]*3, input_size=32,
+        n_classes=0, licence='none', origin='random weights'))
+    p['retrieved'] = dict(nearest=dict(pool='pool', photos='photos', backbone='net', n_per_class=20))
+    p['classify'] |= dict(
+        eval=dict(set='photos', validation='val', test_splits=['test'], ood_set='photos', in_domain_set='photos'),
+        curves=dict(photos=dict(set='photos', n_images=[12, 24, 48]), nearest=dict(set='nearest', n_images=[12, 40])),
+        mixtures={})
+    p['laws'] = dict(fit_range=dict(photos=[12, 48]))
+    return p
+
+@functools.cache
+def smoke_photos_study(*stages    # as for smoke_study
+                      ) -> str:   # the study's folder
+    "The study of photographs in a temporary folder, once per process."
+    return _small_study(photo_params(), stages, write_photos(tempfile.mkdtemp(prefix='synthscale-photos-')))
+

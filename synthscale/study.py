@@ -179,6 +179,7 @@ SECTIONS = {      # section of params.yaml -> module and class that type it
     'study': 'study.StudyInfo', 'data': 'data.DataSection', 'models': 'models.ModelsSection',
     'prompts': 'prompts.PromptsSection', 'generate': 'generate.GenerateSection', 'recipes': 'recipes.RecipesSection',
     'evaluators': 'evaluators.EvaluatorsSection', 'filters': 'filters.FiltersSection', 'merged': 'merged.MergedSection',
+    'retrieved': 'retrieved.RetrievedSection',
     'quality': 'curves.QualitySection', 'classify': 'curves.ClassifySection', 'clip': 'clip_curves.ClipSection',
     'laws': 'laws.LawsSection', 'report': 'report.ReportSection', 'your_task': 'your_task.YourTaskSection'}
 
@@ -228,7 +229,7 @@ class Study:
     @property
     def sets(self) -> list:
         "The names of all image sets."
-        places = (('data', 'sets'), ('generate', 'sources'), ('filters',), ('merged',))
+        places = (('data', 'sets'), ('generate', 'sources'), ('filters',), ('merged',), ('retrieved',))
         return [n for p in places for n in functools.reduce(lambda d, k: d.get(k) or {}, p, self.raw)]
 
     def path(self, *parts) -> Path:

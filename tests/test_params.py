@@ -92,8 +92,8 @@ def test_words_may_be_given_without_a_class_table():
 
 CASES = [
     (lambda d: d['classify']['curves']['rendered'].update(set='renderd'),
-     "classify.curves.rendered.set is 'renderd': no such set under data.sets, generate.sources, filters or merged "
-     "(did you mean 'rendered'?)"),
+     "classify.curves.rendered.set is 'renderd': no such set under data.sets, generate.sources, filters, merged or "
+     "retrieved (did you mean 'rendered'?)"),
     (lambda d: d['quality']['sets'].update(digit={}), "quality.sets is 'digit': no such set under data.sets"),
     (lambda d: d['quality'].update(real_evaluator='real_clasifier'), "did you mean 'real_classifier'?"),
     (lambda d: d['quality'].update(clip=dict(drawn=dict(model='mini_sdd'))), "did you mean 'mini_sd'?"),
