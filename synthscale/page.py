@@ -35,7 +35,7 @@ def shown(v: float,           # a number
     if not math.isfinite(v): return ''
     if how == 'count': return f'{v:,.0f}'
     if how == 'percent': return f'{100*v:.1f} %'
-    if how == 'points': return f'{100*v:+.1f} points'
+    if how == 'points': return f'{100*v:+.1f}'
     if how == 'rate': return f'{v:,.0f}' if v >= 99.5 else f'{v:.3g}'
     return f'{v:.2g}' if how == 'p' else f'{v:.{digits}f}'
 
@@ -92,7 +92,18 @@ def cite_span(row: Row,            # of a table
     values = {c: (turn or float)(row.number(c)) for c in columns}
     digits = digits_of(values.values())
     said = {c: row.cite(c, text=shown(v, how, digits)) for c, v in values.items()}
-    return said[column]+(f' [{said[lo]}, {said[hi]}]' if len(said) == 3 else '')
+    ends = f' [{said[lo]}, {said[hi]}]' if len(said) == 3 else ''
+    return f'<span class="num">{said[column]}{ends}</span>'
+
+def _ranges(lines):
+    "Numbers of lines in words: 3, 5 to 8."
+    runs = []
+    for n in sorted(set(lines)):
+        if runs and n == runs[-1][1]+1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ', '.join(f'{a}' if a == b else f'{a}, {b}' if b == a+1 else f'{a} to {b}' for a, b in runs)
 
 def place_mark(*rows    # of tables
               ) -> str:
@@ -100,7 +111,7 @@ def place_mark(*rows    # of tables
     lines = {}
     for r in rows:
         lines.setdefault(r.table, []).append(r.line)
-    said = [t+(f", row{'s'*(len(n) > 1)} {', '.join(map(str, n))}" if any(n) else '') for t, n in lines.items()]
+    said = [t+(f", row{'s'*(len(n) > 1)} {_ranges(n)}" if any(n) else '') for t, n in lines.items()]
     return f'<small class="src">{escape("; ".join(said))}</small>' if said else ''
 
 # %% ../nbs/09b_page.ipynb #ec519c1a
@@ -183,6 +194,10 @@ class Content:
         "The size of a row of summary.csv."
         return row.number(self.x.get(row['curve'], 'n_images'))
 
+    def cite_n(self, row):
+        "The same with its place."
+        return row.cite(self.x.get(row['curve'], 'n_images'), 'count')
+
     def means(self, curve, test):
         "The rows of a curve in the leading metric, smallest first."
         metric = 'top1' if self.metric == 'error' else self.metric
@@ -218,7 +233,7 @@ def study_content(study: Study    # with its tables in results/
     samples = {n: study.path('runs', 'data', n, 'samples.png') for n in rep.samples}
     return Content(
         study.study.name, Book(study.path('results')), words_of(study), study.laws.metric, study.laws.metric,
-        study.classify.eval.tested, headline_curves(study), study_styles(study),
+        study.classify.eval.tested or study.classify.eval.every, headline_curves(study), study_styles(study),
         panels={**rep.panels, **rep.supervision}, mixing=rep.mixing or mixed[:3], pairs=list(study.laws.compare),
         claims=[*study.laws.primary, *study.clip.primary], gaps=study.clip.gaps, classes=study.study.classes,
         samples={n: p for n, p in samples.items() if p.exists()}, x=study.laws.x, audit=Book(study.dir))
@@ -240,7 +255,9 @@ def own_content(curves,                # path of a curves.csv with curve, n_imag
     return Content(Path(curves).stem, Book(out), said, 'loss', own.metric, list(df.test_set.unique()), names,
                    style(names), pairs=pairs, where='')
 
-# %% ../nbs/09b_page.ipynb #246386bb
+# %% ../nbs/09b_page.ipynb #0f236552
+_POWER = '<span class="num">n<sup>-k</sup></span>'
+
 def _quoted(c, curve):
     "The words for a curve."
     return f'<b>{escape(c.look(curve)[2])}</b>'
@@ -261,11 +278,10 @@ def _differ(c):
     a, b = c.pairs[0]
     r = c.book.one('comparisons', a=a, b=b, test_set=c.tests[0], metric=c.fitted)
     if not r or r['difference'] == '': return ''
-    sizes = f"{r.cite('n_lo', 'count')} to {r.cite('n_hi', 'count')} images"
-    verdict = {'not shown': 'a difference is not shown'}.get(r['verdict'], 'they differ')
-    verdict = verdict if r['verdict'] in ('differ', 'not shown') else r['verdict']
-    return (f"From {sizes} the {escape(c.words.metric)} falls as n<sup>-k</sup>: k of {_quoted(c, a)} minus k of "
-            f"{_quoted(c, b)} is {cite_span(r, 'difference')}, so {escape(verdict)}. {place_mark(r)}")
+    said = {'differ': 'they differ', 'not shown': 'a difference is not shown'}.get(r['verdict'], r['verdict'])
+    sizes = f"{r.cite('n_lo', 'count')} to {r.cite('n_hi', 'count')}"
+    return (f"From {sizes} images the loss falls as {_POWER}, and k of {_quoted(c, a)} minus k of "
+            f"{_quoted(c, b)} is {cite_span(r, 'difference')}: {escape(said)}. {place_mark(r)}")
 
 def _added(c):
     "What adding artificial images to real ones does: the first declared gain, or the largest addition."
@@ -278,7 +294,7 @@ def _added(c):
     for m in c.mixing:
         found = c.book.rows('added_data', curve=m, against=m, test_set=c.tests[0])
         if not found: continue
-        r = max(found, key=lambda r: (r.number('n_synthetic'), r.number('n_real')))
+        r = max(found, key=lambda r: (r['ci_lo'] != '', r.number('n_synthetic'), r.number('n_real')))
         return (f"{r.cite('n_synthetic', 'count')} artificial images added to {r.cite('n_real', 'count')} real ones "
                 f"({_quoted(c, m)}) multiply the loss on {escape(c.words(c.tests[0]))} by {cite_span(r, 'ratio')} "
                 f"({escape(r['verdict'])}). {place_mark(r)}")
@@ -290,17 +306,17 @@ def _law_said(c):
     for curve in c.curves:
         l = c.law(curve, c.tests[0])
         if not l or l['k'] == '': continue
-        return (f"The {escape(c.words.metric)} of {_quoted(c, curve)} on {escape(c.words(c.tests[0]))} falls as "
-                f"n<sup>-k</sup> with k = {cite_span(l, 'k')}, from {l.cite('n_lo', 'count')} to "
+        return (f"The loss of {_quoted(c, curve)} on {escape(c.words(c.tests[0]))} falls as "
+                f"{_POWER} with k = {cite_span(l, 'k')}, from {l.cite('n_lo', 'count')} to "
                 f"{l.cite('n_hi', 'count')} images. {place_mark(l)}")
     return ''
 
 def findings(c: Content    # of a page
             ) -> list:     # up to three sentences as HTML
     "What a study found, in its own numbers."
-    compared = [_worth(c), _differ(c)] if c.pairs and c.tests else []
-    said = [s for s in [*compared, _added(c)] if s] if c.tests else []
-    return said or [s for s in [_law_said(c)] if s and c.tests]
+    if not c.tests: return []
+    compared = [_worth(c), _differ(c)] if c.pairs else []
+    return [s for s in [*compared, _added(c)] if s] or [s for s in [_law_said(c)] if s]
 
 def claim_rows(c: Content    # of a page
               ) -> list:     # (claim, row, column of the estimate, what was compared, outcome)
@@ -325,7 +341,7 @@ def _decided_gain(c, note):
     on, seeds = note['gain.test_set'], note.cite('gain.n_seeds', 'count')
     ratio = cite_span(note, 'gain.ratio', 'gain.ci_lo', 'gain.ci_hi')
     top1 = cite_span(note, 'gain.top1', 'gain.top1_lo', 'gain.top1_hi', 'points')
-    said = [f'the loss times {ratio}']*bool(ratio)+[f'top-1 {top1}']*bool(top1)
+    said = [f'the loss times {ratio}']*bool(ratio)+[f'top-1 {top1} points']*bool(top1)
     ends = f" on {escape(c.words(on))}"*bool(on)+f', {seeds} seeds'*bool(seeds)
     return ', '.join(said)+ends if said else ''
 
@@ -356,7 +372,7 @@ def _decided_next(found, note):
         ratio = cite_span(note, f'{key}.ratio', f'{key}.ci_lo', f'{key}.ci_hi')
         said = [note.cite(f'{key}.what'), note.cite(f'{key}.n', 'count'), f'the loss times {ratio}' if ratio else '']
         out.append(', '.join(s for s in said if s))
-    return '; '.join(s for s in out if s)
+    return '<br>'.join(s for s in out if s)
 
 # %% ../nbs/09b_page.ipynb #4ced4c87
 def _decided_classes(found, note):
@@ -370,20 +386,22 @@ def _decided_classes(found, note):
     return _folded('Class by class', _table('What changes in each class, from decision.json',
                                             ['class', 'change', 'in words'], lines))
 
+_LONG = ('Next', 'What would change it')
+
 def decision_html(c: Content    # of a page
                  ) -> str:      # '' where the study has no decision.json
     "The verdict of a study, and the commands that follow from it."
     found, note = c.book.note('decision')
     if note is None: return ''
-    of = note.cite('near_copies.of', 'count')
+    of, long = note.cite('near_copies.of', 'count'), ' class="long"'
     copies = note.cite('near_copies.n', 'count')+(f' of {of}' if of else '')
     items = [('Gain', _decided_gain(c, note)), ('Images', _decided_images(c, note)),
              ('Photographs', _decided_photos(c, note)),
              ('Photographs for the same gain', _words_or(note, 'photos_for_same_gain')),
-             ('Recipe', note.cite('recipe')), ('Next', _decided_next(found, note)),
-             ('Near copies of photographs', copies if note['near_copies.n'] else ''),
-             ('Hours', note.cite('hours', 'rate')), ('What would change it', note.cite('would_change'))]
-    facts = ''.join(f'<div><dt>{t}</dt><dd>{v}</dd></div>' for t, v in items if v)
+             ('Recipe', note.cite('recipe')), ('Near copies of photographs', copies if note['near_copies.n'] else ''),
+             ('Hours', note.cite('hours', 'rate')), ('Next', _decided_next(found, note)),
+             ('What would change it', note.cite('would_change'))]
+    facts = ''.join(f'<div{long*(t in _LONG)}><dt>{t}</dt><dd>{v}</dd></div>' for t, v in items if v)
     commands = '\n'.join(escape(str(v)) for v in found.get('commands') or [])
     run = f'<h2>To do it</h2><pre tabindex="0" id="commands"><code>{commands}</code></pre>' if commands else ''
     said = note.cite('verdict', text=f"{note['verdict'][:1].upper()}{note['verdict'][1:]}.")
@@ -394,8 +412,9 @@ def decision_html(c: Content    # of a page
 def _table(caption, head, lines, more=''):
     "A table in a box of its own, which scrolls where it is too wide for the screen."
     columns = ''.join(f'<th scope="col">{h}</th>' for h in head)
-    return (f'<div class="wide" tabindex="0" role="region" aria-label="{caption}"><table{more}><caption>{caption}'
-            f'</caption><thead><tr>{columns}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>')
+    kind = 'wide tall' if more else 'wide'
+    return (f'<div class="{kind}" tabindex="0" role="region" aria-label="{caption}"><table{more}><caption><span>'
+            f'{caption}</span></caption><thead><tr>{columns}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>')
 
 def _folded(title, text):
     "Text that is read after a click."
@@ -472,11 +491,11 @@ def _add_curve(f, c, curve, test, apart, ahead):
     s = Series(label, look, shape, points, [_fitted_line(law, points)])
     lines, more, words = _forecast(c, curve, test, label, apart**2) if ahead else ([], [], [])
     s.lines, s.points = s.lines+lines, points+more
-    exponent = f' k = {cite_span(law, "k")} {place_mark(law)}' if law is not None and law['k'] else ''
+    exponent = f': k = {cite_span(law, "k")} {place_mark(law)}' if law is not None and law['k'] else ''
     f.series.append(s)
     f.legend.append(f'{escape(label)}{exponent}')
     f.notes += words[:1]
-    f.lines += [_line(label, r, shown(c.n(r), 'count'), c.cite_level(r), r.cite('n_seeds', 'count')) for r in rows]
+    f.lines += [_line(label, r, c.cite_n(r), c.cite_level(r), r.cite('n_seeds', 'count')) for r in rows]
     f.lines += [_line(f'{label}, forecast', r, r.cite('n', 'count'), cite_span(r, 'loss'), '') for r in words[1:]]
     ends = [f"{shown(c.level(r)[0])} at {shown(c.n(r), 'count')}" for r in (rows[0], rows[-1])]
     f.says.append(f"{label}: {' to '.join(dict.fromkeys(ends))} images.")
@@ -550,7 +569,7 @@ def exchange_figure(c: Content,   # of a page
         paid, pays = (c.look(v)[2] for v in pair)
         label, seen = f'{pays} for one of {paid}', pair in drawn
         points = [_rate_point(r, label, _apart(i, len(drawn), 1.08)) for r in rows] if seen else []
-        f.series.append(Series(label, free[i % len(free)], 'sDo^vPX*'[i % 8], points))
+        f.series.append(Series(label, free[i % len(free)], 'sDoPX*<>'[i % 8], points))
         f.legend.append(escape(label)+('' if seen else f': {_bounds_said(rows)} {place_mark(*rows)}'))
         f.lines += [_line(label, r, r.cite('n_real', 'count'), _cited_rate(r), r.cite('n_seeds', 'count'))
                     for r in rows]
@@ -622,9 +641,9 @@ def _sortable(html, row=None, column='', text=''):
     return f'<td data-v="{escape(value)}">{html}</td>'
 
 def _curve_row(c, curve, test):
-    "The largest size of a curve on a test split, as a row of the table; '' without a point."
+    "The largest size of a curve on a test split, as the cells of a row of the table; none without a point."
     rows = c.means(curve, test)
-    if not rows: return ''
+    if not rows: return []
     r, law, label, on = rows[-1], c.law(curve, test), c.look(curve)[2], c.words(test)
     same = {v: r[v] for v in ('n_images', 'n_real', 'n_synthetic')}
     top1 = c.book.one('summary', curve=curve, test_set=test, metric='top1', **same)
@@ -636,29 +655,30 @@ def _curve_row(c, curve, test):
              _sortable(law.cite('n_lo', 'count') if has else '', law if has else None, 'n_lo'),
              _sortable(r.cite('n_seeds', 'count'), r, 'n_seeds')]
     places = dict.fromkeys([r, *[top1]*bool(top1), *[law]*has])
-    return (f'<tr><th scope="row" data-v="{escape(label)}">{escape(label)}</th>{"".join(cells)}'
-            f'<td>{place_mark(*places)}</td></tr>')
+    return [f'<th scope="row" data-v="{escape(label)}">{escape(label)}</th>', *cells, f'<td>{place_mark(*places)}</td>']
 
 def curve_table(c: Content    # of a page
                ) -> str:      # HTML; '' without a curve
-    "All curves at their largest size on every test split."
+    "All curves at their largest size on every test split, without columns that would be empty."
     names = dict.fromkeys(r['curve'] for r in c.book.rows('summary'))
-    lines = [line for curve in names for t in c.tests if (line := _curve_row(c, curve, t))]
-    head = ['curve', 'test set', 'images', escape(c.words.metric), 'top-1', 'k', 'k from', 'seeds', 'rows']
-    if not lines: return ''
-    about = f'{len(names)} curves at their largest size, with 95 % intervals'
-    return _table(about, head, lines, ' class="sortable"')
+    rows = [row for curve in names for t in c.tests if (row := _curve_row(c, curve, t))]
+    loss = escape(c.words.metric.split(',')[0])
+    head = ['curve', 'test set', 'images', loss, 'top-1', 'k', 'k from', 'seeds', 'rows']
+    if not rows: return ''
+    kept = [i for i in range(len(head)) if any(row[i] != _sortable('') for row in rows)]
+    lines = [f"<tr>{''.join(row[i] for i in kept)}</tr>" for row in rows]
+    return _table(f"Curves at their largest size, with 95 % intervals: {len(names)}", [head[i] for i in kept], lines,
+                  ' class="sortable"')
 
 def claim_table(c: Content    # of a page
                ) -> str:      # HTML; '' where nothing was declared
     "What was declared before the study was looked at, and what was found."
     lines = []
     for claim, r, column, what, found in claim_rows(c):
-        on = escape(c.words(r['test_set']))
-        cells = [escape(what), on, cite_span(r, column), r.cite('p_holm', 'p'), f'<b>{escape(found)}</b>',
-                 place_mark(r)]
+        cells = [f'<b>{escape(found)}</b>', cite_span(r, column), escape(what), escape(c.words(r['test_set'])),
+                 r.cite('p_holm', 'p'), place_mark(r)]
         lines.append(f'<tr><th scope="row">{escape(claim)}</th>{"".join(f"<td>{v}</td>" for v in cells)}</tr>')
-    head = ['claim', 'compared', 'on', 'found [95 %]', 'p (Holm)', 'outcome', 'row']
+    head = ['claim', 'outcome', 'found [95 %]', 'compared', 'on', 'p (Holm)', 'row']
     return _table('Claims that were declared before they were looked at', head, lines) if lines else ''
 
 # %% ../nbs/09b_page.ipynb #5442df07
@@ -786,6 +806,8 @@ nav a{display:inline-block;padding:8px 0}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(260px,100%),1fr));gap:8px 20px;margin:.6em 0}
 dt{color:var(--soft);font-size:.85rem}
 dd{margin:0}
+dd .num{white-space:normal}
+.long{grid-column:1/-1}
 small,.note{color:var(--soft);font-size:.8rem}
 .note{margin:.3em 0}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(320px,100%),1fr));gap:24px}
@@ -816,14 +838,20 @@ img{max-width:100%;height:auto;border:1px solid var(--rule);display:block}
 .join{stroke-dasharray:1.5 2.5}
 details{margin:.5em 0}
 summary{cursor:pointer;padding:6px 0;color:var(--link)}
-.wide{overflow:auto;max-height:75vh;border:1px solid var(--rule);border-radius:4px;position:relative}
+.wide{overflow:auto;border:1px solid var(--rule);border-radius:4px;position:relative}
 table{border-collapse:collapse;font-size:.88rem;width:100%}
-caption{text-align:left;padding:6px 10px;color:var(--soft)}
+caption{text-align:left;padding:6px 0;color:var(--soft)}
+caption span{position:sticky;left:10px;display:inline-block;max-width:min(75vw,900px)}
+.num{white-space:nowrap}
 th,td{padding:5px 10px;text-align:left;vertical-align:top;border-top:1px solid var(--rule)}
 thead th{position:sticky;top:0;background:var(--box);border-top:0;white-space:nowrap}
-tbody th{font-weight:400;min-width:9em}
+tbody th{font-weight:400;min-width:10em}
 td{font-variant-numeric:tabular-nums}
-td .src{white-space:nowrap}
+td .src{display:inline-block;min-width:9em}
+.tall,details .wide{max-height:75vh}
+.sortable tbody th{overflow-wrap:anywhere;min-width:13em;position:sticky;left:0;background:var(--paper)}
+thead th{z-index:1}
+@media (max-width:600px){.sortable tbody th{min-width:7em;max-width:9em}th,td{padding:5px 6px}}
 th button{font:inherit;font-weight:700;color:inherit;background:none;border:0;padding:4px 0;cursor:pointer}
 th button::after{content:" \\2195"}
 th[aria-sort=ascending] button::after{content:" \\2191"}
@@ -838,7 +866,7 @@ pre code{overflow-wrap:normal}
 #place{position:fixed;left:0;right:0;bottom:0;margin:0;padding:8px 16px;background:var(--ink);color:var(--paper)}
 #place:empty{display:none}
 footer{border-top:1px solid var(--rule);margin-top:2em;padding-top:8px;padding-bottom:4em;color:var(--soft)}
-@media print{.wide{max-height:none;overflow:visible}}
+@media print{.wide,.tall{max-height:none;overflow:visible}}
 """
 _COLOURED = ''.join(f'.c{i}{{color:var(--c{i})}}' for i in range(8))
 STYLE = (f':root{{color-scheme:light dark;{_colours(_LIGHT)}}}@media (prefers-color-scheme:dark){{:root{{'
@@ -851,8 +879,8 @@ document.addEventListener('click', e => {
   const cell = e.target.closest('[data-cell]');
   if (!cell) { place.textContent = ''; return; }
   const [file, row, column] = cell.dataset.cell.split(':');
-  place.textContent = file + (row === '0' ? '' : ', row ' + row) + ', ' + column +
-    (cell.getAttribute('value') ? ': ' + cell.getAttribute('value') : '');
+  const said = cell.getAttribute('value') ?? cell.querySelector('title')?.textContent;
+  place.textContent = file + (row === '0' ? '' : ', row ' + row) + ', ' + column + (said ? ': ' + said : '');
 });
 function sort(table, i, down) {
   const value = row => row.cells[i].dataset.v ?? row.cells[i].textContent;
@@ -910,6 +938,8 @@ _PAGE = Template("""<!DOCTYPE html>
 <header><p class="kind">A study of training images, by synthscale</p><h1>$name</h1></header>
 <main id="main">
 <section class="box" aria-label="What was found">$first</section>
+<p class="note">Loss: $metric; the lower, the better. With n images it falls about as
+<span class="num">n<sup>-k</sup></span>: the larger k, the more further images help. In brackets: 95 % intervals.</p>
 <nav aria-label="Contents"><ul>$contents</ul></nav>
 $sections
 </main>
@@ -932,8 +962,8 @@ def policy() -> str:
 def sections_of(c: Content    # of a page
                ) -> list:     # (id, heading, HTML), those that have something to show
     "The parts of a page under the first screen; the sources come last, when everything has been read."
-    parts = [('claims', 'Claims', claim_table), ('curves', 'Curves', curves_html),
-             ('exchange', 'Exchange rates', exchange_html), ('added', 'Added images', mixing_html),
+    parts = [('curves', 'Curves', curves_html), ('exchange', 'Exchange rates', exchange_html),
+             ('added', 'Added images', mixing_html), ('claims', 'Claims', claim_table),
              ('all', 'All curves', curve_table), ('images', 'Images', samples_html),
              ('audit', 'Image sets', audit_html), ('limits', 'Limits', limits_html),
              ('sources', 'Sources', provenance_html)]
@@ -943,15 +973,15 @@ def page(c: Content    # what it shows
         ) -> str:      # HTML
     "The page."
     said = ''.join(f'<li>{s}</li>' for s in findings(c))
-    found = f'<h2>What was found</h2><ul class="findings">{said}</ul>' if said else '<p>No result yet.</p>'
+    found = f'<h2>What was found</h2><ul class="findings">{said}</ul>' if said else '<p>Nothing is compared yet.</p>'
     decided, parts = decision_html(c), sections_of(c)
     if decided and said:
         parts.insert(0, ('found', 'What was found', f'<ul class="findings">{said}</ul>'))
     contents = ''.join(f'<li><a href="#{i}">{head}</a></li>' for i, head, _ in parts)
     sections = '\n'.join(f'<section aria-labelledby="{i}"><h2 id="{i}">{head}</h2>{text}</section>'
                          for i, head, text in parts)
-    return _PAGE.substitute(policy=policy(), name=escape(c.name), style=STYLE, script=SCRIPT, first=decided or found,
-                            contents=contents, sections=sections)
+    return _PAGE.substitute(policy=policy(), name=escape(c.name), metric=escape(c.words.metric), style=STYLE,
+                            script=SCRIPT, first=decided or found, contents=contents, sections=sections)
 
 # %% ../nbs/09b_page.ipynb #cb0d39d7
 def write_page(study: Study    # with its tables in results/

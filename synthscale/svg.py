@@ -128,8 +128,10 @@ def _frame(x, y, x_words, y_words):
     "Grid lines, numbers and the words of both axes."
     out = []
     for v in x.ticks():
+        half = 3.1*len(tick_text(v))+2                      # a number at the edge ends there
+        at = min(x.at(v), _WIDTH-half)
         out.append(f'<path class="grid" d="M{_f(x.at(v))} {_TOP}V{_HEIGHT-_BOTTOM}"/>'
-                   f'<text x="{_f(x.at(v))}" y="{_HEIGHT-_BOTTOM+14}" text-anchor="middle">{tick_text(v)}</text>')
+                   f'<text x="{_f(at)}" y="{_HEIGHT-_BOTTOM+14}" text-anchor="middle">{tick_text(v)}</text>')
     for v in y.ticks():
         out.append(f'<path class="grid" d="M{_LEFT} {_f(y.at(v))}H{_WIDTH-_RIGHT}"/>'
                    f'<text x="{_LEFT-5}" y="{_f(y.at(v)+4)}" text-anchor="end">{tick_text(v)}</text>')
