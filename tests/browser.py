@@ -3,7 +3,8 @@ import base64, fcntl, json, os, select, shutil, subprocess, tempfile, time
 
 NAMES = ('chromium', 'chromium-browser', 'google-chrome')
 FLAGS = ('--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
-         '--disable-component-update --disable-sync --disable-extensions --hide-scrollbars --remote-debugging-pipe')
+         '--disable-component-update --disable-sync --disable-extensions --disable-dev-shm-usage '
+         '--hide-scrollbars --remote-debugging-pipe')
 
 def chromium():
     "The browser's program, or None."
