@@ -503,7 +503,8 @@ def test_a_table_of_ones_own_has_a_page(tmp_path):
              for seed in range(3)]
     (tmp_path/'my.csv').write_text('curve,n_images,seed,value\n'+'\n'.join(lines)+'\n')
     for stage in ('laws', 'report'):
-        sh([sys.executable, '-m', 'synthscale.run', stage, '-p', 'curves', 'my.csv', '-p', 'out', 'mine'], tmp_path)
+        files = ['-p', 'curves', f'{tmp_path}/my.csv', '-p', 'out', f'{tmp_path}/mine']
+        sh([sys.executable, '-m', 'synthscale.run', stage, *files], ROOT)
     text = (tmp_path/'mine'/'page.html').read_text()
     os.rename(tmp_path/'mine', tmp_path/'results')
     n, wrong = check_sources(text, tmp_path)
