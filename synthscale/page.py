@@ -683,7 +683,8 @@ def claim_table(c: Content    # of a page
 
 # %% ../nbs/09b_page.ipynb #5442df07
 _PER_CLASS = 10          # images of each class in the picture that the data stage makes
-_CLASSES, _SIDE, _SETS = 10, 40, 24      # most that is shown: classes of a set, pixels of an image, sets
+_CLASSES, _SIDE = 10, 40             # most that is shown: classes of a set, pixels of an image
+_PICTURES, _AUDITED = 10**6, 300     # characters of all pictures together, rows of an audit: the file stays small
 
 def picture(grid,           # uint8, as `read_grid` gives it: a row for each class
             columns: int    # images of each class that are shown
@@ -715,9 +716,12 @@ def _sample(c, name, path):
 
 def samples_html(c: Content    # of a page
                 ) -> str:      # '' without pictures
-    "A few images of each set."
-    made = [_sample(c, n, p) for n, p in list(c.samples.items())[:_SETS]]
-    rest = list(c.samples)[_SETS:]
+    "A few images of each set, while there is room for them."
+    made = []
+    for name, path in c.samples.items():
+        if sum(map(len, made)) < _PICTURES:
+            made.append(_sample(c, name, path))
+    rest = list(c.samples)[len(made):]
     more = f"<p>Not shown: {escape(', '.join(map(c.words, rest)))}.</p>" if rest else ''
     return f'<div class="grid small">{"".join(made)}</div>{more}' if made else ''
 
@@ -727,6 +731,9 @@ def audit_html(c: Content    # of a page
     "Images of each set and class, as `synthscale new` counted them."
     rows = c.audit.rows('audit') if c.audit else []
     if not rows: return ''
+    more, every = '', [r for r in rows if r['class'] == 'all']
+    if len(rows) > _AUDITED and every:
+        more, rows = f'<p>The {len(rows)-len(every):,} rows of single classes are in audit.csv.</p>', every
     columns = [v for v in rows[0].cells if v not in ('set', 'class')]
     lines = []
     for r in rows:
@@ -734,7 +741,7 @@ def audit_html(c: Content    # of a page
         lines.append(f'<tr><th scope="row" data-v="{escape(r["set"])}">{escape(c.words(r["set"]))}</th>'
                      f'{_sortable(escape(r["class"]), r, "class")}{cells}<td>{place_mark(r)}</td></tr>')
     head = ['set', 'class', *(escape(v.replace('_', ' ')) for v in columns), 'row']
-    return _table('Images of each set and class', head, lines, ' class="sortable"')
+    return _table('Images of each set and class', head, lines, ' class="sortable"')+more
 
 def limits_html(c: Content    # of a page
                ) -> str:
@@ -856,6 +863,7 @@ th button{font:inherit;font-weight:700;color:inherit;background:none;border:0;pa
 th button::after{content:" \\2195"}
 th[aria-sort=ascending] button::after{content:" \\2191"}
 th[aria-sort=descending] button::after{content:" \\2193"}
+label{display:block;margin:.4em 0}
 input{font:inherit;color:inherit;background:var(--paper);border:1px solid var(--soft);border-radius:4px;padding:6px;
 max-width:100%}
 pre{background:var(--paper);border:1px solid var(--rule);padding:10px;overflow-x:auto;border-radius:4px}
