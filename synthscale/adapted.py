@@ -10,7 +10,7 @@ from typing import Annotated, Union
 import numpy as np
 import pandas as pd
 from pydantic import Field
-from .generate import class_texts
+from .generate import check_model, class_texts
 from .models import link_tree, training_threads
 from .pipelines import (as_bytes, check_folder, fit_images, folder_sha256, load_pipeline, pipeline_class,
                                   saved_variant)
@@ -266,6 +266,7 @@ def _check_base(study, name):
     if cls.__name__ != 'StableDiffusionPipeline':
         raise StudyError.at(f'adapted.{name}.model', study.adapted[name].model, 'a StableDiffusionPipeline',
                             f': it is a {cls.__name__}')
+    check_model(study, study.adapted[name].model)
     return folder
 
 def adapted_key(study: Study,    # the study
@@ -287,7 +288,7 @@ def _measured(study, name, base, out, photos, texts):
     if e.set == spec.set:
         parts[e.validation] = load_set(study.set_dir(e.set), e.validation)
     errors = {}
-    for when, folder in (('before', base), ('adapted', out)):
+    for when, folder in (('before', base), ('adapted', out)):          # the adapted one last: it draws
         pipe = _on_device(load_pipeline(folder))
         errors[when] = {k: round(photo_error(pipe, s, texts, spec, derive_seed(seed, 'error')), 5)
                         for k, s in parts.items()}
@@ -365,7 +366,7 @@ def step_flops(config: dict,   # of the denoiser, as in unet/config.json
 def adapting_hours(flops: int,            # as `step_flops` gives it
                    spec: AdaptedSpec,     # steps and batch size
                    per_second: float,     # operations per second of the device, as its maker states them
-                   share: float = .3      # of these, what training reaches: our assumption
+                   share: float = .1      # of these, what training reaches: our assumption, not measured
                   ) -> float:
     "Hours that a device takes."
     return flops*spec.steps*spec.batch_size/per_second/share/3600

@@ -91,7 +91,8 @@ def _check_classes(c):
 def _check_case(c):
     "Names that are folders differ in more than upper and lower case, which some file systems do not tell apart."
     s = c.study
-    groups = {'image sets': s.sets, 'models': {**s.models, **s.adapted}, 'prompt sets': {**s.prompts.every, **s.clip.pools},
+    groups = {'image sets': s.sets, 'models': {**s.models, **s.adapted},
+              'prompt sets': {**s.prompts.every, **s.clip.pools},
               'evaluators': s.evaluators,
               'curves': [*s.classify.curves, *s.classify.mixtures, *s.clip.curves, *s.clip.mixtures]}
     for what, names in groups.items():
@@ -651,8 +652,8 @@ def _check_report(c):
         c.ref('report.labels', n, known, 'curve, set, prompt set or test split')
 
 _CHECKS = (_check_classes, _check_sets, _check_case, _check_images, _check_models, _check_prompts, _check_written,
-           _check_pools, _check_adapted, _check_sources, _check_recipes, _check_evaluators, _check_filters, _check_retrieved,
-           _check_unlabelled, _check_eval, _check_pairs,
+           _check_pools, _check_adapted, _check_sources, _check_recipes, _check_evaluators, _check_filters,
+           _check_retrieved, _check_unlabelled, _check_eval, _check_pairs,
            _check_curves, _check_laws, _check_report)
 
 # %% ../nbs/10_params.ipynb #a4000018
