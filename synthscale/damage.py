@@ -21,8 +21,8 @@ def damaged_pairs(study: Study    # the study
     rows, sources = [], study.raw.get('generate', {}).get('sources', {})
     for name in sources:
         partner = study.study.seed_names.get(name)
-        model = study.models[study.generate.sources[name].model]
-        of = getattr(study.data.sets.get(str(model.input).removeprefix('sets/')), 'damage', None)
+        model = study.models.get(study.generate.sources[name].model)       # an adapted one was not damaged
+        of = getattr(study.data.sets.get(str(getattr(model, 'input', '')).removeprefix('sets/')), 'damage', None)
         if of is None or partner not in sources: continue
         done = [('absent', c) for c in of.absent]+[('rare', c) for c in of.rare]
         done += [('mislabelled', c) for c in of.mislabelled]+[('named instead', c) for c in of.mislabelled.values()]

@@ -287,7 +287,7 @@ def doctor(study: Study,          # the study
 
 # %% ../nbs/00i_doctor.ipynb #944cbf98
 # What dvc.yaml makes stages of.
-_PLACES = ('data.sets', 'models', 'prompts.sets', 'prompts.written', 'prompts.captions', 'generate.sources',
+_PLACES = ('data.sets', 'models', 'adapted', 'prompts.sets', 'prompts.written', 'prompts.captions', 'generate.sources',
            'evaluators', 'filters', 'merged', 'retrieved', 'quality.sets', 'quality.clip', 'classify.curves',
            'classify.mixtures', 'clip.pools', 'clip.curves', 'clip.mixtures', 'your_task')
 

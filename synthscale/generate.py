@@ -46,7 +46,7 @@ class SourceCurve(Section):
 
 class SourceSpec(Section):
     "A generated image set: one model, one prompt set, one guidance scale."
-    model: Ident                                   # under models
+    model: Ident                                   # under models or adapted
     prompts: Ident                                 # under prompts.sets
     guidance_scale: Annotated[float, Field(allow_inf_nan=False)]    # classifier-free; which value means none: see
                                                    # pipelines
@@ -186,9 +186,10 @@ def check_model(study: Study,   # the study
     there = {f.relative_to(folder).as_posix(): f for f in folder.rglob('*') if f.is_file()}
     for file in sorted({*noted, *there}):
         if file in there and noted.get(file) == known_sha256(there[file]): continue
+        stage = 'adapted' if name in study.adapted else 'models'
         what = 'is missing' if file not in there else 'is none of its files' if file not in noted else 'is another file'
         raise StudyError(f"{folder/file} {what}: the model is not the one that was recorded when it was made ({note}); "
-                         f"'dvc repro models@{name}' makes it again, 'dvc checkout' brings it back")
+                         f"'dvc repro {stage}@{name}' makes it again, 'dvc checkout' brings it back")
 
 # %% ../nbs/04_generate.ipynb #99a8b655
 class Source(_Layout):

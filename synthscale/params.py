@@ -91,7 +91,8 @@ def _check_classes(c):
 def _check_case(c):
     "Names that are folders differ in more than upper and lower case, which some file systems do not tell apart."
     s = c.study
-    groups = {'image sets': s.sets, 'models': s.models, 'prompt sets': {**s.prompts.every, **s.clip.pools},
+    groups = {'image sets': s.sets, 'models': {**s.models, **s.adapted},
+              'prompt sets': {**s.prompts.every, **s.clip.pools},
               'evaluators': s.evaluators,
               'curves': [*s.classify.curves, *s.classify.mixtures, *s.clip.curves, *s.clip.mixtures]}
     for what, names in groups.items():
@@ -372,7 +373,7 @@ def _check_sources(c):
     s, least = c.study, len(c.study.study.classes)
     for n in s.generate.sources:
         spec, key = source_spec(s, n), f'generate.sources.{n}'
-        c.ref(f'{key}.model', spec.model, s.models, 'model under models')
+        c.ref(f'{key}.model', spec.model, {**s.models, **s.adapted}, 'model under models or adapted')
         _check_task(c, f'{key}.model', spec.model, ['text-to-image'])
         c.ref(f'{key}.prompts', spec.prompts, {**s.prompts.every, **s.clip.pools},
               'prompt set under prompts, or caption pool under clip.pools')
@@ -381,9 +382,29 @@ def _check_sources(c):
         else:
             c.unless(spec.n_images >= least, f'{key}.n_images', spec.n_images,
                      f'at least one image for each of {least} classes')
-        _check_guidance(c, f'{key}.guidance_scale', spec.guidance_scale, s.models.get(spec.model))
+        _check_guidance(c, f'{key}.guidance_scale', spec.guidance_scale, _base(s, spec.model))
     if s.generate.format == 'webp' and s.data.channels == 1:
         c.say("generate.format is 'webp', which has no grey images: expected png or jpeg while data.channels is 1")
+
+def _base(s, name):
+    "The section of a model, or of the one that was adapted."
+    return s.models.get(s.adapted[name].model if name in s.adapted else name)
+
+def _check_adapted(c):
+    "Adapted models are of a model that makes images, learn from labelled photos, and have a name of their own."
+    s = c.study
+    for n, a in s.adapted.items():
+        key = f'adapted.{n}'
+        c.unless(n not in s.models, key, n, 'a name of its own: it is under models, too')
+        c.ref(f'{key}.model', a.model, s.models, 'model under models')
+        _check_task(c, f'{key}.model', a.model, ['text-to-image'])
+        c.ref(f'{key}.set', a.set, s.data.sets, 'set under data.sets')
+        c.ref(f'{key}.prompts', a.prompts, s.prompts.every, 'prompt set under prompts')
+        kind = getattr(s.models.get(a.model), 'type', '')
+        c.unless(kind not in ('mini_if', 'mini_muse'), f'{key}.model', a.model,
+                 f'a StableDiffusionPipeline, and this one is a {kind}')
+        if a.model in s.models:
+            _check_guidance(c, f'{key}.guidance_scale', a.guidance_scale, s.models[a.model])
 
 def _check_guidance(c, key, scale, model):
     "A guidance scale is in the range of its model; the ranges of large models are in pipelines.FAMILIES."
@@ -391,6 +412,7 @@ def _check_guidance(c, key, scale, model):
     if not least <= scale < float('inf'):      # written so that NaN is refused, too
         c.say(f"{key} is {scale:g}: expected a finite number from {what}")
 
+# %% ../nbs/10_params.ipynb #0c32138c
 def _check_start(c, key, name):
     "A network that training starts from is a backbone, says which weights it has, and takes the study's images."
     s, m = c.study, c.study.models.get(name)
@@ -469,6 +491,7 @@ def _check_splits(c):
     named += [(f'prompts.captions.{k}.split', p.set, p.split) for k, p in s.prompts.captions.items()]
     named += [(f'clip.pools.{k}.split', p.set, p.split) for k, p in s.clip.pools.items()]
     named += [(f'retrieved.{k}.split', r.pool, r.split) for k, r in s.retrieved.items()]
+    named += [(f'adapted.{k}.set', a.set, 'train') for k, a in s.adapted.items()]
     for key, name, split in named:
         known = known_splits(s.data.sets[name]) if name in s.data.sets else None
         if known is None or split in known: continue
@@ -658,8 +681,8 @@ def _check_your_task(c):
         c.unless(sorted({*t.n_photos}) == t.n_photos, f'{key}.n_photos', t.n_photos, 'sizes that rise')
 
 _CHECKS = (_check_classes, _check_sets, _check_case, _check_images, _check_models, _check_prompts, _check_written,
-           _check_pools, _check_sources, _check_recipes, _check_evaluators, _check_filters, _check_retrieved,
-           _check_unlabelled, _check_eval, _check_pairs,
+           _check_pools, _check_adapted, _check_sources, _check_recipes, _check_evaluators, _check_filters,
+           _check_retrieved, _check_unlabelled, _check_eval, _check_pairs,
            _check_curves, _check_laws, _check_report, _check_your_task)
 
 # %% ../nbs/10_params.ipynb #a4000018

@@ -326,7 +326,7 @@ def collect(study: Study   # the study
     prune(study.path('runs', 'quality'), [*scored, *(f'{n}.clip.csv' for n in judged)])
     prune(study.path('runs', 'clip_scores'), judged)
     prune(study.path('runs', 'data'), study.sets)
-    own = {k: list(study.raw.get(k, {})) for k in ('models', 'evaluators', 'filters', 'merged', 'retrieved')}
+    own = {k: list(study.raw.get(k, {})) for k in ('models', 'adapted', 'evaluators', 'filters', 'merged', 'retrieved')}
     own['prompts'] = [n for k in ('sets', 'written', 'captions') for n in study.raw.get('prompts', {}).get(k) or {}]
     own['pools'] = list(study.raw.get('clip', {}).get('pools') or {})
     own |= dict(data=list(study.data.sets), generate=_sources(study), quality=scored, clip_scores=judged,

@@ -12,7 +12,8 @@ from .study import Study, package_root, read_yaml
 
 # %% auto #0
 __all__ = ['font_table', 'make_inputs', 'smoke_inputs', 'smoke_params', 'smoke_text_models', 'with_pairs', 'run_smoke',
-           'smoke_study', 'smoke_pairs_study', 'photo_tiles', 'write_photos', 'photo_params', 'smoke_photos_study']
+           'smoke_study', 'smoke_pairs_study', 'with_adapted', 'smoke_adapted_study', 'photo_tiles', 'write_photos',
+           'photo_params', 'smoke_photos_study']
 
 # %% ../nbs/00b_smoke.ipynb #30c92360
 _FONTS = {'DejaVuSans': 'sans', 'DejaVuSansMono': 'monospaced', 'DejaVuSerif': 'serif', 'STIXGeneral': 'times'}
@@ -194,6 +195,7 @@ def _models_used(study) -> list:
     written = {**study.prompts.written, **study.prompts.captions}
     sources = study.generate.sources.values()
     used = [s.model for s in sources]+[written[s.prompts].model for s in sources if s.prompts in written]
+    used = [study.adapted[n].model if n in study.adapted else n for n in used]
     return list(dict.fromkeys(used))
 
 def _prompt_sets_made(study) -> list:
@@ -218,6 +220,7 @@ _STAGES = {
     'models': ('synthscale.models:build_model', _models_used, {}),
     'prompts': ('synthscale.prompts:write_prompt_set', _prompt_sets_made, {}),
     'pools': ('synthscale.pools:write_pool', attrgetter('clip.pools'), {}),
+    'adapted': ('synthscale.adapted:adapt_model', attrgetter('adapted'), {}),
     'generate': ('synthscale.workers:generate_source', attrgetter('generate.sources'), dict(workers=1)),
     'evaluators': ('synthscale.evaluators:build_evaluator', attrgetter('evaluators'), {}),
     'filters': ('synthscale.filters:filter_set', attrgetter('filters'), {}),
@@ -229,11 +232,13 @@ _STAGES = {
     'results': ('synthscale.results:collect', None, {}),
     'laws': ('synthscale.laws:fit_study', None, {})}
 
+_ALL = ['data', 'models', 'prompts', 'pools', 'generate', 'evaluators', 'filters', 'merged']
+
 def run_smoke(study: Study,  # the study
-              stages         # names of stages, in order; 'all' means the first eight
+              stages         # names of stages, in order; 'all' means data to merged, without adapted
              ):
     "Run stages of a small study one after the other, in this process."
-    for stage in [s for x in stages for s in (list(_STAGES)[:8] if x == 'all' else [x])]:
+    for stage in [s for x in stages for s in (_ALL if x == 'all' else [x])]:
         if stage not in _STAGES: raise ValueError(f'no smoke stage {stage!r}')
         function, names, options = _STAGES[stage]
         run = pkgutil.resolve_name(function)     # imported only now: the stages' own notebooks import this module
@@ -242,8 +247,9 @@ def run_smoke(study: Study,  # the study
 
 # %% ../nbs/00b_smoke.ipynb #5fefc57f
 @functools.cache
-def smoke_study(*stages    # of data, models, prompts, pools, generate, evaluators, filters, merged, retrieved, quality,
-                           # classify, clip, results and laws: run them, in this order; 'all' means the first eight
+def smoke_study(*stages    # of data, models, prompts, pools, adapted, generate, evaluators, filters, merged, retrieved,
+                           # quality, classify, clip, results and laws: run them, in this order; 'all' means data to
+                           # merged, without adapted
                ) -> str:   # the study's folder
     "Make the smoke study in a temporary folder and run the given stages in this process; once per process."
     return _small_study(smoke_params(), stages)
@@ -265,6 +271,20 @@ def smoke_pairs_study(*stages    # after data, models, pools and generate
     return _small_study(with_pairs(smoke_params()), ('data', 'models', 'pools', 'generate', *stages))
 
 # %% ../nbs/00b_smoke.ipynb #7234e2ce
+def with_adapted(p: dict    # as smoke_params gives it; changed in place
+                ) -> dict:
+    "The smoke study with a generator that is adapted to handwriting, and a source of it in the place of the others."
+    p['adapted'] = dict(by_hand=dict(model='mini_sd', set='digits', prompts='names', rank=4, steps=60, batch_size=32,
+                                     lr=.003, checked=20, guidance_scale=2., sampling_steps=4))
+    p['generate']['sources']['hand_g2'] = dict(model='by_hand', prompts='names', guidance_scale=2.0, n_images=40,
+                                               steps=3)
+    return p
+
+@functools.cache
+def smoke_adapted_study() -> str:
+    "The smoke study with an adapted generator that is still to be made, once per process."
+    return _small_study(with_adapted(smoke_params()), ('data', 'models', 'prompts'))
+
 @functools.cache
 def photo_tiles() -> dict:    # class -> uint8, 84 x 32 x 32 x 3
     "Two photographs that scikit-learn ships, of a temple and of a flower, each cut into 84 tiles of 32 pixels."

@@ -179,7 +179,7 @@ SECTIONS = {      # section of params.yaml -> module and class that type it
     'study': 'study.StudyInfo', 'data': 'data.DataSection', 'models': 'models.ModelsSection',
     'prompts': 'prompts.PromptsSection', 'generate': 'generate.GenerateSection', 'recipes': 'recipes.RecipesSection',
     'evaluators': 'evaluators.EvaluatorsSection', 'filters': 'filters.FiltersSection', 'merged': 'merged.MergedSection',
-    'retrieved': 'retrieved.RetrievedSection',
+    'retrieved': 'retrieved.RetrievedSection', 'adapted': 'adapted.AdaptedSection',
     'quality': 'curves.QualitySection', 'classify': 'curves.ClassifySection', 'clip': 'clip_curves.ClipSection',
     'laws': 'laws.LawsSection', 'report': 'report.ReportSection', 'your_task': 'your_task.YourTaskSection'}
 

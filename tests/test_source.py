@@ -81,7 +81,7 @@ ELSEWHERE = {       # no stage depends on these, because build/params.json has t
     'generate.n_images': 'in every source', 'generate.steps': 'in every source',
     'quality.n_images': 'in every scored set', 'recipes': 'in every curve and evaluator that is trained by one',
     'filters': 'nothing, if there is none', 'merged': 'nothing, if there is none',
-    'retrieved': 'nothing, if there is none',
+    'retrieved': 'nothing, if there is none', 'adapted': 'nothing, if there is none',
     'prompts.written': 'nothing, if there is none', 'prompts.captions': 'nothing, if there is none',
     'clip.pools': 'nothing, if there is none', 'quality.clip': 'nothing, if there is none',
     'your_task': 'nothing, if there is none'}
