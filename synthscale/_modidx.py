@@ -1979,6 +1979,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'synthscale.your_task._card': ('your_task.html#_card', 'synthscale/your_task.py'),
                                       'synthscale.your_task._commands_for': ('your_task.html#_commands_for', 'synthscale/your_task.py'),
                                       'synthscale.your_task._curve_rows': ('your_task.html#_curve_rows', 'synthscale/your_task.py'),
+                                      'synthscale.your_task._hours': ('your_task.html#_hours', 'synthscale/your_task.py'),
                                       'synthscale.your_task._last_step': ('your_task.html#_last_step', 'synthscale/your_task.py'),
                                       'synthscale.your_task._mixture_rows': ('your_task.html#_mixture_rows', 'synthscale/your_task.py'),
                                       'synthscale.your_task._most_generated': ('your_task.html#_most_generated', 'synthscale/your_task.py'),

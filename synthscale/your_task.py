@@ -375,6 +375,13 @@ def near_copies_of(runs: Runs,      # of the question
     exact, near, photos = copies_of(runs.study, ['train'], np.asarray(images))
     return dict(n=int((exact | near).sum()), of=len(images), photos=photos)
 
+def _hours(study, source):
+    "Hours that the recommended images took to draw, or will take: those of the source, by their number."
+    file = study.path('runs', 'costs', f"generate-{source['set']}.json")
+    if not source.get('model') or not file.exists(): return None
+    made = len(split_rows(study, source['set'], 'train'))
+    return round(json.loads(file.read_text())['wall_s']/made*source['n_synthetic']/3600, 3)
+
 def _commands_for(study: Study,   # the study
                  name: str,      # of the question
                  source: dict    # as in decision.json
@@ -426,7 +433,7 @@ def run_task(study: Study,      # the study
         out |= answer(runs, chosen, curve)
         out['next'] = [x for x in (*out.get('next', []), next_generated(runs, chosen)) if x]
         out |= dict(near_copies=near_copies_of(runs, chosen.candidate), drawn=drawn_classes(runs, chosen),
-                    commands=_commands_for(study, name, out['source']))
+                    commands=_commands_for(study, name, out['source']), hours=_hours(study, out['source']))
     else:
         out |= dict(verdict='', why='no generated images were named: this is what the photographs alone give')
     out |= dict(anchors=_anchor_rows(runs), curve=_curve_rows(curve, spec.test_split), left_out=runs.left_out,
