@@ -47,7 +47,6 @@ def prepare(study: Study    # its build/nbs and build/params.json are rewritten
     # stages depend on these as a whole, also where nothing is in them
     for folder in ('evaluators', 'runs/quality'):
         study.path(folder).mkdir(parents=True, exist_ok=True)
-    write_atomic(study.path('runs', 'your_task', 'README.md'), 'A folder for each question of `your_task`.\n')
     if not study.path('prompts').exists():            # git keeps no empty folder, and a clone needs it
         write_atomic(study.path('prompts', 'README.md'), _PROMPTS)
     return keep
