@@ -288,7 +288,8 @@ def _added(c):
     for p in (p for p in c.claims if p.kind == 'gain'):
         r = c.book.one('clip_primary', name=p.name) or c.book.one('primary', name=p.name)
         if not r or r['estimate'] == '': continue
-        said = (f"{_quoted(c, p.a)}, {r.cite('n', text=r['n'])} images: the loss on {escape(c.words(p.test_set))} is "
+        n = r.cite('n', text=' + '.join(shown(float(v), 'count') for v in r['n'].split(' + ')))
+        said = (f"{_quoted(c, p.a)}, {n} images: the loss on {escape(c.words(p.test_set))} is "
                 f"{cite_span(r, 'estimate')} times that of {_quoted(c, p.b)}")
         return f"{said} ({escape(r['verdict'])}). {place_mark(r)}"
     for m in c.mixing:
