@@ -1081,6 +1081,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'synthscale.page._law_said': ('page.html#_law_said', 'synthscale/page.py'),
                                  'synthscale.page._line': ('page.html#_line', 'synthscale/page.py'),
                                  'synthscale.page._mean_point': ('page.html#_mean_point', 'synthscale/page.py'),
+                                 'synthscale.page._others': ('page.html#_others', 'synthscale/page.py'),
                                  'synthscale.page._quoted': ('page.html#_quoted', 'synthscale/page.py'),
                                  'synthscale.page._ranges': ('page.html#_ranges', 'synthscale/page.py'),
                                  'synthscale.page._rate_point': ('page.html#_rate_point', 'synthscale/page.py'),

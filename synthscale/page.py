@@ -187,6 +187,7 @@ class Content:
     samples: dict = field(default_factory=dict)    # set -> picture of its images
     classes: list = field(default_factory=list)    # class names
     x: dict = field(default_factory=dict)          # curve -> column of the size that varies
+    questions: list = field(default_factory=lambda: ['decision'])     # files with verdicts, the first one first
     audit: Book = None                             # the folder with audit.csv
     where: str = 'results/'                        # of the tables, for people
 
@@ -236,7 +237,8 @@ def study_content(study: Study    # with its tables in results/
         study.classify.eval.tested or study.classify.eval.every, headline_curves(study), study_styles(study),
         panels={**rep.panels, **rep.supervision}, mixing=rep.mixing or mixed[:3], pairs=list(study.laws.compare),
         claims=[*study.laws.primary, *study.clip.primary], gaps=study.clip.gaps, classes=study.study.classes,
-        samples={n: p for n, p in samples.items() if p.exists()}, x=study.laws.x, audit=Book(study.dir))
+        samples={n: p for n, p in samples.items() if p.exists()}, x=study.laws.x, audit=Book(study.dir),
+        questions=list(study.raw.get('your_task') or ['decision']))
 
 def own_content(curves,                # path of a curves.csv with curve, n_images, value
                 out,                   # folder with the tables that `synthscale laws` wrote; summary.csv is put there
@@ -288,7 +290,8 @@ def _added(c):
     for p in (p for p in c.claims if p.kind == 'gain'):
         r = c.book.one('clip_primary', name=p.name) or c.book.one('primary', name=p.name)
         if not r or r['estimate'] == '': continue
-        said = (f"{_quoted(c, p.a)}, {r.cite('n', text=r['n'])} images: the loss on {escape(c.words(p.test_set))} is "
+        n = r.cite('n', text=' + '.join(shown(float(v), 'count') for v in r['n'].split(' + ')))
+        said = (f"{_quoted(c, p.a)}, {n} images: the loss on {escape(c.words(p.test_set))} is "
                 f"{cite_span(r, 'estimate')} times that of {_quoted(c, p.b)}")
         return f"{said} ({escape(r['verdict'])}). {place_mark(r)}"
     for m in c.mixing:
@@ -342,7 +345,8 @@ def _decided_gain(c, note):
     ratio = cite_span(note, 'gain.ratio', 'gain.ci_lo', 'gain.ci_hi')
     top1 = cite_span(note, 'gain.top1', 'gain.top1_lo', 'gain.top1_hi', 'points')
     said = [f'the loss times {ratio}']*bool(ratio)+[f'top-1 {top1} points']*bool(top1)
-    ends = f" on {escape(c.words(on))}"*bool(on)+f', {seeds} seeds'*bool(seeds)
+    against = note.cite('gain.against')
+    ends = f' against {against}'*bool(against)+f" on {escape(c.words(on))}"*bool(on)+f', {seeds} seeds'*bool(seeds)
     return ', '.join(said)+ends if said else ''
 
 def _decided_images(c, note):
@@ -383,15 +387,17 @@ def _decided_classes(found, note):
         name, words = note.cite(f'classes.{i}.class'), note.cite(f'classes.{i}.words')
         lines.append(f'<tr><th scope="row">{name}</th><td>{change}</td><td>{words}</td></tr>')
     if not lines: return ''
-    return _folded('Class by class', _table('What changes in each class, from decision.json',
+    return _folded('Class by class', _table(f'What changes in each class, from {escape(note.table)}',
                                             ['class', 'change', 'in words'], lines))
 
 _LONG = ('Next', 'What would change it')
 
-def decision_html(c: Content    # of a page
-                 ) -> str:      # '' where the study has no decision.json
-    "The verdict of a study, and the commands that follow from it."
-    found, note = c.book.note('decision')
+def decision_html(c: Content,               # of a page
+                  name: str = 'decision',   # of the file
+                  level: int = 2            # of the heading over the commands
+                 ) -> str:                  # '' where the study has no such file
+    "The verdict on a question, and the commands that follow from it."
+    found, note = c.book.note(name)
     if note is None: return ''
     of, long = note.cite('near_copies.of', 'count'), ' class="long"'
     copies = note.cite('near_copies.n', 'count')+(f' of {of}' if of else '')
@@ -399,11 +405,13 @@ def decision_html(c: Content    # of a page
              ('Photographs', _decided_photos(c, note)),
              ('Photographs for the same gain', _words_or(note, 'photos_for_same_gain')),
              ('Recipe', note.cite('recipe')), ('Near copies of photographs', copies if note['near_copies.n'] else ''),
-             ('Hours', note.cite('hours', 'rate')), ('Next', _decided_next(found, note)),
+             ('Hours', note.cite('hours', 'rate')),
+             ('Minutes', note.cite('minutes', 'rate')), ('Next', _decided_next(found, note)),
              ('What would change it', note.cite('would_change'))]
     facts = ''.join(f'<div{long*(t in _LONG)}><dt>{t}</dt><dd>{v}</dd></div>' for t, v in items if v)
     commands = '\n'.join(escape(str(v)) for v in found.get('commands') or [])
-    run = f'<h2>To do it</h2><pre tabindex="0" id="commands"><code>{commands}</code></pre>' if commands else ''
+    run = f'<pre tabindex="0" class="commands"><code>{commands}</code></pre>' if commands else ''
+    run = f'<h{level}>To do it</h{level}>{run}' if run else ''
     said = note.cite('verdict', text=f"{note['verdict'][:1].upper()}{note['verdict'][1:]}.")
     title = f'<p class="verdict">{said}</p>' if said else ''
     why = f'<p>{note.cite("why")}</p>' if note['why'] else ''
@@ -918,8 +926,7 @@ for (const table of document.querySelectorAll('table.sortable')) {
   label.append('Rows that contain ', find);
   table.closest('.wide').before(label);
 }
-const commands = document.getElementById('commands');
-if (commands && navigator.clipboard) {
+for (const commands of navigator.clipboard ? document.querySelectorAll('pre.commands') : []) {
   const button = document.createElement('button');
   button.type = 'button';
   button.className = 'copy';
@@ -977,12 +984,20 @@ def sections_of(c: Content    # of a page
              ('sources', 'Sources', provenance_html)]
     return [(i, head, text) for i, head, make in parts if (text := make(c))]
 
+# %% ../nbs/09b_page.ipynb #d75c01ea
+def _others(c, names):
+    "The verdicts on further questions, as a part of the page."
+    text = ''.join(f'<h3>{escape(n)}</h3>{decision_html(c, n, 4)}' for n in names)
+    return [('questions', 'Other questions', text)]*bool(text)
+
 def page(c: Content    # what it shows
         ) -> str:      # HTML
     "The page."
     said = ''.join(f'<li>{s}</li>' for s in findings(c))
     found = f'<h2>What was found</h2><ul class="findings">{said}</ul>' if said else '<p>Nothing is compared yet.</p>'
-    decided, parts = decision_html(c), sections_of(c)
+    asked = [n for n in c.questions if decision_html(c, n)]
+    decided, parts = (decision_html(c, asked[0]) if asked else ''), sections_of(c)
+    parts[:0] = _others(c, asked[1:])
     if decided and said:
         parts.insert(0, ('found', 'What was found', f'<ul class="findings">{said}</ul>'))
     contents = ''.join(f'<li><a href="#{i}">{head}</a></li>' for i, head, _ in parts)
@@ -991,7 +1006,7 @@ def page(c: Content    # what it shows
     return _PAGE.substitute(policy=policy(), name=escape(c.name), metric=escape(c.words.metric), style=STYLE,
                             script=SCRIPT, first=decided or found, contents=contents, sections=sections)
 
-# %% ../nbs/09b_page.ipynb #cb0d39d7
+# %% ../nbs/09b_page.ipynb #70f00b78
 def write_page(study: Study    # with its tables in results/
               ) -> Path:
     "Write figures/page.html of a study."

@@ -222,6 +222,18 @@ def test_the_decision_is_what_is_seen_first(full):
             *DECISION['commands']]
     assert [s for s in said if s not in text] == []
 
+def test_each_question_has_its_verdict(full, tmp_path):
+    "The first on the first screen, the others below."
+    shutil.copytree(full/'results', tmp_path/'results')
+    for name, verdict in (('one', 'do not generate'), ('two', 'cannot tell')):
+        said = DECISION | {'name': name, 'verdict': verdict}
+        (tmp_path/'results'/f'{name}.json').write_text(json.dumps(said))
+    text = page(study_content(Study(tmp_path, Study(ROOT).raw | {'your_task': {'one': {}, 'two': {}, 'three': {}}})))
+    first, rest = text.split('</section>', 1)
+    assert 'Do not generate.' in first and 'Cannot tell.' in rest and 'Generate.' not in text
+    assert parts(text)[:3] == ['found', 'questions', 'curves'] and fetched(text) == []
+    accessible(text)
+
 # ---- every number is a cell of the table that it names
 
 def table_cells(folder):
