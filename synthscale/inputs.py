@@ -18,9 +18,10 @@ from .shards import balanced_order, decode, encode_png, tar_samples
 from .study import Count, Ident, Positive, Section, StudyError, nearest
 
 # %% auto #0
-__all__ = ['ImagesSpec', 'FolderSpec', 'FilesSpec', 'TilesSpec', 'HubImagesSpec', 'PairsSpec', 'ShardsSpec', 'Entry', 'all_files',
-           'files_below', 'same_letters', 'folder_entries', 'named_entries', 'tile_entries', 'hub_splits',
-           'hub_entries', 'in_order', 'translate', 'usable', 'hold_out', 'image_samples', 'shard_samples']
+__all__ = ['SPLIT_NAMES', 'ImagesSpec', 'FolderSpec', 'FilesSpec', 'TilesSpec', 'HubImagesSpec', 'PairsSpec', 'ShardsSpec',
+           'Entry', 'all_files', 'files_below', 'same_letters', 'check_above', 'folder_entries', 'named_entries',
+           'tile_entries', 'hub_splits', 'hub_entries', 'in_order', 'translate', 'usable', 'hold_out', 'image_samples',
+           'shard_samples']
 
 # %% ../nbs/00m_inputs.ipynb #b78a42e8
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -179,19 +180,21 @@ def _zip_files(path, limits, left_out):
     sizes = [i.file_size for i in members if i.file_size <= limits.member_bytes]       # the others are never unpacked
     check_archive(path, len(members), sum(sizes), os.path.getsize(path), limits)
     for i in members:
-        name, fits = f'{path.name}/{i.filename}', i.file_size <= limits.member_bytes
-        if i.filename in out:
+        inside = re.sub(r'^(\./)+', '', i.filename)      # as `zip -r x.zip .` of some programs begins names
+        name, fits = f'{path.name}/{inside}', i.file_size <= limits.member_bytes
+        if inside in out:
             _note(left_out, name, 'a later file of the same name replaces it')
         large = f'{i.file_size} bytes, expected at most {limits.member_bytes} (data.limits.member_bytes)'
         read = partial(_bytes_of, name, partial(z.read, i))
-        out[i.filename] = read if fits else partial(_unreadable, name, large)
+        out[inside] = read if fits else partial(_unreadable, name, large)
     return out
 
 # %% ../nbs/00m_inputs.ipynb #9956d774
 def _no_image(name):
     "Why a file is none of the images of an input; '' where it is one."
     parts, ext = name.split('/'), name.rpartition('.')[2].lower()
-    if parts[0] == '__MACOSX' or parts[-1].startswith('._'): return 'a note of macOS'
+    if '__MACOSX' in parts or parts[-1].startswith('._'): return 'a note of macOS'
+    if any(p.startswith('.') for p in parts): return 'hidden: its name, or that of a folder above it, begins with a dot'
     return '' if ext in IMAGE_TYPES or ext in OTHER_TYPES else 'no image by its ending'
 
 def all_files(path,                      # a folder or a .zip
@@ -229,11 +232,32 @@ def same_letters(text: str) -> str:
     "A name as one would compare it: an accent is the same letter whether it is written as one sign or as two."
     return unicodedata.normalize('NFC', text)
 
-def _is_flat(parts, known):
-    "Whether the layout is CLASS/image: a known class has images of its own."
-    if any(len(p) == 2 and p[0] in known for p in parts): return True
-    return not any(len(p) > 2 and p[1] in known for p in parts) and any(len(p) == 2 for p in parts)
+SPLIT_NAMES = dict(train='train', training='train', val='val', valid='val', validation='val', dev='val', test='test',
+                   testing='test')      # usual names of splits, in lower case -> what they are called here
 
+def check_above(parts,    # path inside an input, as a list, of each image
+                path      # of the input, for errors
+               ):
+    "Raise `StudyError` where a class has folders of splits below it: its images would all be of one split."
+    below = {}
+    for p in parts:
+        below.setdefault(p[0], {}).setdefault(p[1] if len(p) > 2 else '', '/'.join(p))
+    for label, found in below.items():
+        if not all(s.lower() in SPLIT_NAMES for s in found): continue
+        some = min(found)
+        raise StudyError(f"{path}: {label} has splits below it ({', '.join(sorted(found))}), such as {found[some]}: "
+                         f"expected the splits above the classes, {some}/{label}/..., or type 'files' in params.yaml "
+                         "with the pattern (?P<class>[^/]+)/(?P<split>[^/]+)/.+")
+
+def _is_flat(parts, known):
+    "Whether the layout is CLASS/image or CLASS/folder/image, and not SPLIT/CLASS/image."
+    if any(len(p) == 2 and p[0] in known for p in parts): return True
+    deep = [p for p in parts if len(p) > 2]
+    below = [p for p in deep if p[1] in known]
+    if below: return all(p[0] == p[1] for p in below)      # cat/cat, dog/dog: as some archives repeat a name
+    return any(p[0] in known for p in deep) or any(len(p) == 2 for p in parts)
+
+# %% ../nbs/00m_inputs.ipynb #2466b495
 def folder_entries(path,           # folder or zip
                    known: set,     # names of classes, in the input's words
                    left_out=None,  # list, filled: files that are passed over, and why
@@ -243,6 +267,8 @@ def folder_entries(path,           # folder or zip
     files = files_below(path, left_out, limits)
     parts = {f: same_letters(f).split('/') for f in files}
     flat = _is_flat(parts.values(), {same_letters(k) for k in known})
+    if flat:
+        check_above([p for p in parts.values() if len(p) > 1], path)
     entries = []
     for f, p in parts.items():
         if len(p) < 3-flat:
@@ -269,7 +295,7 @@ def named_entries(path,           # folder or zip
     if not found:
         raise StudyError(f"{path}: no image matches pattern {pattern!r}; "
                          f"the first of {len(files)} is {next(iter(files), 'none')}")
-    return [Entry(f'{Path(path).name}/{f}', g.get('split', 'train') or '', g['class'] or '', files[f])
+    return [Entry(f'{Path(path).name}/{f}', g.get('split', 'train') or '', same_letters(g['class'] or ''), files[f])
             for f, g in found]
 
 # %% ../nbs/00m_inputs.ipynb #cf449477

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .data import build_set
-from .inputs import all_files, same_letters
-from .pixels import IMAGE_TYPES, OTHER_TYPES, Limits
+from .inputs import SPLIT_NAMES, check_above, files_below, same_letters
+from .pixels import Limits
 from .shards import read_manifest, split_hash
 from .study import Study, StudyError, package_root, write_atomic, write_csv
 
 # %% auto #0
-__all__ = ['pipeline', 'check_place', 'lay_out', 'Found', 'look_into', 'key_of', 'class_keys', 'ambiguous', 'set_aside',
+__all__ = ['pipeline', 'check_place', 'lay_out', 'key_of', 'class_keys', 'ambiguous', 'Found', 'look_into', 'set_aside',
            'sizes_of', 'Task', 'match_classes', 'Plan', 'params_text', 'seconds_per_image', 'price', 'plans',
            'affordable', 'lock_of', 'check_apart', 'audit', 'write_task', 'new_task']
 
@@ -69,60 +69,6 @@ def lay_out(folder,        # is made
     shutil.copytree(root/'.dvc'/'plots', folder/'.dvc'/'plots', dirs_exist_ok=True)
     return folder
 
-# %% ../nbs/11_new.ipynb #65287885
-_SPLITS = dict(train='train', training='train', val='val', valid='val', validation='val', dev='val', test='test',
-              testing='test')      # folders that are splits -> what they are called here
-
-@dataclass
-class Found:
-    "What lies in a folder of photographs."
-    folder: Path
-    classes: dict = field(default_factory=dict)      # folder of a class -> split -> images; without splits in train
-    splits: dict = field(default_factory=dict)       # folder of a split -> its name here; {}: there are no such folders
-    loose: list = field(default_factory=list)        # images that are in no folder of a class
-
-    def count(self,
-              split: str    # train, val or test
-             ) -> dict:
-        "Class -> images of a split."
-        return {c: n.get(split, 0) for c, n in self.classes.items()}
-
-def _is_image(name):
-    "Whether a file is an image by its name, and not one of those that other programs leave behind."
-    parts = name.split('/')
-    hidden = any(p.startswith(('.', '__MACOSX')) for p in parts)
-    return not hidden and parts[-1].rpartition('.')[2].lower() in {*IMAGE_TYPES, *OTHER_TYPES}
-
-def look_into(folder,                    # of photographs: CLASS/image, or SPLIT/CLASS/image; a folder or a zip
-              limits: Limits = Limits()  # what is too much in a zip
-             ) -> Found:
-    "Classes, splits and stray images of a folder; no image is read."
-    folder = Path(folder)
-    if not folder.exists(): raise StudyError(f"{folder}: no such folder")
-    parts = [same_letters(f).split('/') for f in all_files(folder, [], limits) if _is_image(f)]
-    if not parts: raise StudyError(f"{folder}: no image in it; expected a folder for each class with images in it")
-    deep = [p for p in parts if len(p) > 1]
-    tops = {p[0] for p in deep}
-    named = {t for t in tops if t.lower() in _SPLITS and any(p[0] == t and len(p) > 2 for p in deep)}
-    if named and named != tops:
-        splits, others = (', '.join(sorted(s)) for s in (named, tops-named))
-        raise StudyError(f"{folder}: {splits} hold folders of classes, and {others} lie beside them: expected folders "
-                         "of classes alone, or train, val and test alone")
-    split = bool(named)
-    out = Found(folder, splits={t: _SPLITS[t.lower()] for t in sorted(tops)} if split else {})
-    for p in parts:
-        if len(p) < 2+split:
-            out.loose.append('/'.join(p))
-            continue
-        at, label = (_SPLITS[p[0].lower()], p[1]) if split else ('train', p[0])
-        out.classes.setdefault(label, {}).setdefault(at, 0)
-        out.classes[label][at] += 1
-    out.classes = dict(sorted(out.classes.items()))
-    if not out.classes:
-        raise StudyError(f"{folder}: {len(parts)} images beside each other, such as {out.loose[0]}: which class they "
-                         "are of is not known; expected a folder for each class, with its images in it")
-    return out
-
 # %% ../nbs/11_new.ipynb #bc2baf2d
 def key_of(name: str    # a folder
           ) -> str:
@@ -152,6 +98,86 @@ def ambiguous(names: list    # of folders
         if plain and plain in seen:
             out.append((seen[plain], n))
         seen.setdefault(plain, n)
+    return out
+
+# %% ../nbs/11_new.ipynb #65287885
+@dataclass
+class Found:
+    "What lies in a folder of photographs."
+    folder: Path
+    classes: dict = field(default_factory=dict)      # folder of a class -> split -> images; without splits in train
+    splits: dict = field(default_factory=dict)       # folder of a split -> its name here; {}: there are no such folders
+    loose: list = field(default_factory=list)        # images that are in no folder of a class
+    inside: str = ''                                 # the one folder in it that all of that is in, such as pets
+    empty: list = field(default_factory=list)        # folders beside those of the classes, without an image
+
+    def count(self,
+              split: str    # train, val or test
+             ) -> dict:
+        "Class -> images of a split."
+        return {c: n.get(split, 0) for c, n in self.classes.items()}
+
+def _inside(parts, known):
+    "The folders that all images share and that are no class, because several folders of images are below them."
+    rest, out = parts, []
+    while True:
+        tops = {p[0] for p in rest if len(p) > 1}
+        top = next(iter(tops), '')
+        if len(tops) > 1 or top.lower() in SPLIT_NAMES: return out
+        if not tops or key_of(top).lower() in known: return []
+        rest = [p[1:] for p in rest if p[0] == top and len(p) > 1]
+        if 2*sum(len(p) > 1 for p in rest) < len(rest): return []        # one class, with some images in folders
+        out.append(top)
+
+def _empty(folder, tops):
+    "Folders at the place of classes that hold no image."
+    if not folder.is_dir(): return []
+    found = (same_letters(p.name) for p in folder.iterdir() if p.is_dir() and not p.name.startswith(('.', '__')))
+    return sorted({*found}-tops)
+
+def _layout(folder, parts):
+    "The folders of splits, {} where there are none."
+    tops = {p[0] for p in parts if len(p) > 1}
+    named = {t for t in tops if t.lower() in SPLIT_NAMES and any(p[0] == t and len(p) > 2 for p in parts)}
+    if named and named != tops:
+        splits, others = (', '.join(sorted(s)) for s in (named, tops-named))
+        raise StudyError(f"{folder}: {splits} hold folders of classes, and {others} lie beside them: expected folders "
+                         "of classes alone, or train, val and test alone")
+    if not named:
+        check_above([p for p in parts if len(p) > 1], folder)
+    return {t: SPLIT_NAMES[t.lower()] for t in sorted(named)}
+
+# %% ../nbs/11_new.ipynb #258d08b9
+def look_into(folder,                    # of photographs: CLASS/image, or SPLIT/CLASS/image; a folder or a zip
+              limits: Limits = Limits(), # what is too much in a zip
+              known=()                   # classes, as keys in lower case: a folder of that name is one, also if alone
+             ) -> Found:
+    """Classes, splits and stray images of a folder; no image is read. A folder that holds one with all the rest is that
+    one, and images in folders below a class belong to it, as the image set will have it."""
+    folder = Path(folder)
+    if not folder.exists(): raise StudyError(f"{folder}: no such folder")
+    parts = [same_letters(f).split('/') for f in files_below(folder, [], limits)]
+    if not parts: raise StudyError(f"{folder}: no image in it; expected a folder for each class with images in it")
+    above = _inside(parts, known)
+    k, place = len(above), folder.joinpath(*above)
+    rest = [p[k:] for p in parts if p[:k] == above and len(p) > k]
+    out = Found(folder, splits=_layout(place, rest), inside='/'.join(above))
+    out.loose = ['/'.join(p) for p in parts if p[:k] != above or len(p) == k]
+    split = bool(out.splits)
+    for p in rest:
+        if len(p) < 2+split:
+            out.loose.append('/'.join([*above, *p]))
+            continue
+        at, label = (SPLIT_NAMES[p[0].lower()], p[1]) if split else ('train', p[0])
+        out.classes.setdefault(label, {}).setdefault(at, 0)
+        out.classes[label][at] += 1
+    out.classes = dict(sorted(out.classes.items()))
+    out.empty = _empty(place, {p[0] for p in rest})
+    for s in out.splits:
+        out.empty += [f'{s}/{c}' for c in _empty(place/s, {p[1] for p in rest if p[0] == s and len(p) > 2})]
+    if not out.classes:
+        raise StudyError(f"{folder}: {len(parts)} images beside each other, such as {out.loose[0]}: which class they "
+                         "are of is not known; expected a folder for each class, with its images in it")
     return out
 
 # %% ../nbs/11_new.ipynb #b9062c56
@@ -195,6 +221,13 @@ class Task:
         named = dict(photos=self.images) | {k: v for k, v in (('own_test', self.test), ('elsewhere', self.ood)) if v}
         return named | dict(zip(self.candidate_names, self.candidates))
 
+    def look(self,
+             name: str    # of a set
+            ) -> Found:
+        "What lies in its folder."
+        if name == 'photos': return look_into(self.images)
+        return look_into(self.inputs[name], known={key_of(c).lower() for c in look_into(self.images).classes})
+
     @property
     def candidate_names(self) -> list:
         "The names of the sets of generated images, each its own."
@@ -227,7 +260,7 @@ def match_classes(task: Task,     # what was asked for
     known, out = {k: v for k, v in zip(keys, classes.values()) if k and keys.count(k) == 1}, {}
     for name, folder in task.inputs.items():
         if name == 'photos': continue
-        found = list(look_into(folder).classes)
+        found = list(task.look(name).classes)
         out[name] = {c: classes.get(c, known.get(key_of(c).lower())) for c in found}
         lost = [c for c, k in out[name].items() if k is None]
         if name in task.candidate_names and len(lost) < len(found): continue
@@ -274,8 +307,14 @@ class Plan:
 def _set_line(task, plan, name):
     "An image set in params.yaml."
     said = {'photos': 'your photographs', 'own_test': 'yours to test on', 'elsewhere': 'from elsewhere, to test on'}
-    spec = dict(type='imagefolder', input=os.path.relpath(Path(task.inputs[name]).resolve(), task.root))
-    found = look_into(task.inputs[name])
+    found = task.look(name)
+    folder = Path(task.inputs[name]).resolve()
+    if found.inside and folder.is_file():                     # nothing is unpacked: a pattern goes down in a zip
+        above = '[^/]+/'*len(found.inside.split('/'))
+        pattern = f"{above}{'(?P<split>[^/]+)/' if found.splits else ''}(?P<class>[^/]+)/.+"
+        spec = dict(type='files', input=os.path.relpath(folder, task.root), pattern=pattern)
+    else:
+        spec = dict(type='imagefolder', input=os.path.relpath(folder/found.inside, task.root))
     named = {c: k for c, k in (plan.classes | plan.odd.get(name, {})).items() if c in found.classes}
     if any(c != k for c, k in named.items()):
         spec['classes'] = named
@@ -565,6 +604,20 @@ def _check_inputs(task, folder):
             raise StudyError(f"{p} ({n}) lies inside {places[inside]} ({inside}): its images would be taken for both; "
                              "move it beside it")
 
+def _say_layout(task):
+    "What is in the folders that is not taken, or taken otherwise than one might think."
+    for name in task.inputs:
+        found = task.look(name)
+        if found.inside:
+            print(f'{name}: all images are in {found.folder.name}/{found.inside}, so the classes are the folders there')
+        if found.empty:
+            print(f"{name}: no image in {', '.join(found.empty[:9])}{' ...' if len(found.empty) > 9 else ''}, so "
+                  f"{'it is no class' if len(found.empty) == 1 else 'they are no classes'}")
+        if found.loose:
+            print(f'{name}: {len(found.loose)} images lie outside the folders of the classes and are not used, such as '
+                  f'{found.loose[0]}')
+
+# %% ../nbs/11_new.ipynb #097fecdc
 def new_task(task: Task    # what is asked for
             ) -> Study:
     """Write a study of one's own photographs, and say what is in them and what it costs; of one that fails nothing
@@ -593,9 +646,7 @@ def new_task(task: Task    # what is asked for
     write_csv(folder/'price.csv', table)
     for a, b in ambiguous(list(found.classes)):
         print(f"{a!r} and {b!r} are two classes whose names differ by capitals or signs alone")
-    if found.loose:
-        print(f'{len(found.loose)} images lie outside the folders of the classes and are not used, such as '
-              f'{found.loose[0]}')
+    _say_layout(task)
     whole = looked[looked['class'] == 'all'].set_index('set')
     lost = whole[['damaged', 'repeats', 'other']].sum(axis=1)
     for n in lost[lost > .1*(lost+whole[[s for s in ('train', 'val', 'test', 'ood') if s in whole]].sum(axis=1))].index:

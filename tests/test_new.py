@@ -6,6 +6,8 @@ import numpy as np, pandas as pd, pytest
 from conftest import ROOT, edit, ran, sh
 from hypothesis import given, strategies as st
 from PIL import Image
+from synthscale.data import build_set
+from synthscale.inputs import folder_entries
 from synthscale.new import (Plan, Task, class_keys, look_into, match_classes, new_task, params_text, pipeline,
                             set_aside, sizes_of)
 from synthscale.params import problems
@@ -145,6 +147,72 @@ def test_a_zip_is_looked_into_like_its_folder(here, tmp_path):
             z.write(f, f.relative_to(here/'pets').as_posix())
     a, b = look_into(tmp_path/'pets.zip'), look_into(here/'pets')
     assert (a.classes, a.splits, a.loose) == (b.classes, b.splits, b.loose)
+
+LAYOUTS = [     # the places of each image
+    'pets/{c}/{i}.png', 'a/b/{c}/{i}.png', '{c}/20{i:02}/{i}.png', '{c}/{c}/{i}.png', 'data/Train/{c}/{i}.png',
+    'TRAINING/{c}/sub/{i}.png', '__MACOSX/{c}/._{i}.png {c}/{i}.png',
+    '.cache/{c}/x{i}.png {c}/.ipynb_checkpoints/x{i}.png {c}/{i}.png', 'pets/x{c}{i}.png pets/{c}/{i}.png']
+
+def laid(folder, layout, n=5):
+    "Images of two classes at these places."
+    for k, c in enumerate(('cat', 'dog')):
+        for i in range(n):
+            for j, place in enumerate(layout.split()):
+                f = folder/place.format(c=c, i=i)
+                f.parent.mkdir(parents=True, exist_ok=True)
+                noise = np.random.default_rng((k, i, j)).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(f)
+    return folder
+
+def made(folder, t):
+    "The set of the photographs, as params.yaml describes it before anything is set aside."
+    folder.mkdir(exist_ok=True)
+    classes = class_keys(list(look_into(t.images).classes))
+    (folder/'params.yaml').write_text(params_text(t, Plan(classes, n_train=4, odd=match_classes(t, classes))))
+    return build_set(Study(folder), 'photos')
+
+@pytest.mark.parametrize('zipped', [False, True], ids=['folder', 'zip'])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_a_layout_is_read_as_the_image_set_reads_it(tmp_path, layout, zipped):
+    "Five images of each of two classes, wherever the folder has them; the same from a zip."
+    d = laid(tmp_path/'layout', layout)
+    if zipped:
+        d = Path(shutil.make_archive(str(d), 'zip', d))
+    found = look_into(d)
+    assert found.classes == dict(cat=dict(train=5), dog=dict(train=5))
+    m = made(tmp_path/'mine', Task(tmp_path/'mine', d, image_size=12))
+    assert m.groupby(['class', 'split']).size().to_dict() == {('cat', 'train'): 5, ('dog', 'train'): 5}
+
+@pytest.mark.parametrize('layout', ['{c}/train/{i}.png {c}/Test/{i}x.png', '{c}/test/{i}.png', 'x/{c}/val/{i}.png'])
+def test_splits_below_classes_are_refused_by_both(tmp_path, layout):
+    d = laid(tmp_path/'layout', layout)
+    with pytest.raises(StudyError, match='cat has splits below it'):
+        look_into(d)
+    with pytest.raises(StudyError, match='expected the splits above the classes'):
+        folder_entries(d/('x' if layout[0] == 'x' else ''), {'cat', 'dog'})
+
+def test_a_class_that_is_called_like_a_split_below_a_class_belongs_to_it(tmp_path):
+    "Trains among vehicles are vehicles."
+    for f in ('vehicle/train/1.png', 'vehicle/bus/1.png', 'animal/cat/1.png'):
+        photo(tmp_path/'d'/f)
+    assert {c: n['train'] for c, n in look_into(tmp_path/'d').classes.items()} == dict(animal=1, vehicle=2)
+    assert [e.label for e in folder_entries(tmp_path/'d', {'vehicle', 'animal'})] == ['animal', 'vehicle', 'vehicle']
+
+def test_a_folder_without_images_is_said(here, tmp_path):
+    d = laid(tmp_path/'d', 'all/test/{c}/{i}.png all/Train/{c}/{i}.png')
+    (d/'all'/'Train'/'owl').mkdir()
+    (d/'all'/'val').mkdir()
+    (d/'all'/'.cache').mkdir()
+    found = look_into(d)
+    assert (found.splits, found.empty) == (dict(Train='train', test='test'), ['val', 'Train/owl'])
+
+def test_candidates_of_one_class_stay_of_it(here, tmp_path):
+    "A folder named like a class of the photographs is that class, not one level too much."
+    for f in ('cat/a/1.png', 'cat/b/2.png'):
+        photo(tmp_path/'drawn'/f)
+    t = task(here, tmp_path, candidates=[tmp_path/'drawn'])
+    assert t.look('drawn').classes == dict(cat=dict(train=2))
+    assert match_classes(t, dict(cat='cat', dog='dog'))['drawn'] == dict(cat='cat')
 
 @given(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=8, unique=True))
 def test_every_name_of_a_folder_becomes_a_key_of_its_own(names):
