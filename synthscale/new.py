@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .data import build_set
-from .inputs import SPLIT_NAMES, check_above, files_below, same_letters
+from .inputs import SPLIT_NAMES, bytes_hash, check_above, files_below, list_hash, same_letters
 from .pixels import Limits
-from .shards import read_manifest, split_hash
+from .shards import balanced_order, read_manifest, split_hash
 from .study import Study, StudyError, package_root, write_atomic, write_csv
 
 # %% auto #0
 __all__ = ['pipeline', 'check_place', 'lay_out', 'key_of', 'class_keys', 'ambiguous', 'Found', 'look_into', 'set_aside',
            'sizes_of', 'Task', 'match_classes', 'Plan', 'params_text', 'seconds_per_image', 'price', 'plans',
-           'affordable', 'lock_of', 'check_apart', 'audit', 'write_task', 'new_task']
+           'affordable', 'listed', 'lock_of', 'write_lists', 'check_apart', 'audit', 'write_task', 'new_task']
 
 # %% ../nbs/11_new.ipynb #4b23d774
 _IN_CLONE = '    deps: [params.yaml, "${root}/nbs", "${root}/synthscale"]\n'
@@ -275,7 +275,7 @@ def match_classes(task: Task,     # what was asked for
 class Plan:
     "What is trained: chosen so that it fits into the minutes."
     classes: dict                # folder of the photographs -> class
-    aside: dict = field(default_factory=dict)        # split -> images of each class
+    lists: dict = field(default_factory=dict)        # split that is set aside -> file that lists its images
     locked: dict = field(default_factory=dict)       # set -> split -> hash
     balance: str = 'equal'       # own: classes are of unequal size
     n_train: int = 0
@@ -321,8 +321,8 @@ def _set_line(task, plan, name):
     if name == 'photos':
         if found.splits:
             spec['splits'] = found.splits
-        if plan.aside:
-            spec['hold_out'] = {s: k*len(plan.classes) for s, k in plan.aside.items()}
+        if plan.lists:
+            spec['hold_out'] = plan.lists
     elif name in ('own_test', 'elsewhere'):
         to = 'test' if name == 'own_test' else 'ood'
         spec['splits'] = {s: to for s in found.splits or ['train']}
@@ -334,7 +334,7 @@ def _set_line(task, plan, name):
         spec['locked'] = plan.locked[name]
     if {*plan.classes.values()} - {*named.values()}:
         spec['fewer_classes'] = True
-    spec |= dict(unreadable='skip', duplicates='drop', max_left_out=.9)
+    spec |= dict(unreadable='skip', duplicates='near' if 'hold_out' in spec else 'drop', max_left_out=.9)
     return f"    {name}: {_flow(spec)}      # {said.get(name, 'generated images')}"
 
 def _lines(texts):
@@ -500,12 +500,37 @@ def _is_grey(study):
     from synthscale.shards import load_set
     return all((a[..., :1] == a).all() for n in study.data.sets for a in load_set(study.set_dir(n)).images)
 
+def listed(study: Study,         # with its sets made
+           name: str = 'photos', # of a set
+           rows=None             # of its manifest; all
+          ) -> pd.DataFrame:     # file, class, split, file_sha256
+    "The files that images are made of, by their names inside the input, and the hashes of their bytes."
+    path = study.path(study.data.root, study.data.sets[name].input)
+    m, files = read_manifest(study.set_dir(name)) if rows is None else rows, files_below(path)
+    out = m[['file', 'class', 'split']].assign(file=m['file'].str.removeprefix(f'{path.name}/'))
+    return out.assign(file_sha256=[bytes_hash(files[f]()) for f in out['file']]).sort_values('file', ignore_index=True)
+
 def lock_of(study: Study,         # with its sets made
             name: str = 'photos', # of a set
             split: str = 'test'   # of it
            ) -> str:
-    "A hash of the images of a split, whatever their order."
-    return split_hash(read_manifest(study.set_dir(name)), split)
+    "A hash of the files of a split and their classes, whatever their order."
+    m = read_manifest(study.set_dir(name))
+    return split_hash(listed(study, name, m[m.split == split]), split)
+
+def write_lists(study: Study,  # with its sets made
+                aside: dict    # split -> images of each class to be set aside
+               ) -> dict:      # split -> file that lists its images
+    "Draw photographs to test on and to select on, as many of each class, and write down which."
+    m, out = read_manifest(study.set_dir('photos')), {}
+    m = m[m.split == 'train'].reset_index(drop=True)
+    picked = iter(balanced_order(m.label, study.seed('split', 'photos')))
+    for split, k in aside.items():
+        rows = m.iloc[[next(picked) for _ in range(k*len(study.study.classes))]].assign(split=split)
+        out[split] = f'locked/photos_{split}.csv'
+        t = listed(study, 'photos', rows).rename(columns=dict(file_sha256='sha256'))
+        write_csv(study.path(out[split]), t[['file', 'class', 'sha256']])
+    return out
 
 def check_apart(study: Study    # with its sets made
                ):
@@ -520,10 +545,10 @@ def check_apart(study: Study    # with its sets made
                      f"({first['set']}) and {other['file']} ({other['set']}): take them out of one of the folders")
 
 # %% ../nbs/11_new.ipynb #bb5a9ae9
-_SAID = dict(damaged='not a readable image', repeats='the same pixels')
+_SAID = dict(damaged='not a readable image', repeats='the same pixels', like_a_test='it looks like')
 
 def audit(study: Study    # with its sets made
-         ) -> pd.DataFrame:     # set, class, one column for each split, damaged and repeats of the whole set
+         ) -> pd.DataFrame:     # set, class, one column for each split; of the whole set what was left out, too
     "What is in the image sets: usable images of each class, and what was left out."
     rows = []
     for name in study.data.sets:
@@ -539,18 +564,28 @@ def audit(study: Study    # with its sets made
         rows.append(dict(set=name, **{'class': 'all'}, **{s: int(v) for s, v in counts.sum().items()}, **notes))
     return pd.DataFrame(rows).convert_dtypes()
 
-def _plan(task, study, classes, odd):
-    "What follows from the image sets as they are."
-    found, counts = look_into(task.images), _usable(study, 'photos')
-    has = tuple({*found.splits.values()} | ({'test'} if task.test else set()))
-    aside = set_aside(counts, has)
-    left = {c: n-sum(aside.values()) for c, n in counts.items()}
+def _set_aside(task, study, plan):
+    "The plan with lists of what is set aside and with the number of channels; params.yaml has them."
+    has = tuple({*look_into(task.images).splits.values()} | ({'test'} if task.test else set()))
+    plan.lists = write_lists(study, set_aside(_usable(study, 'photos'), has))
+    plan.channels = 1 if _is_grey(study) else 3
+    plan.locked = dict(photos={s: list_hash(study.path(f), s) for s, f in plan.lists.items()}) if plan.lists else {}
+    write_atomic(study.path('params.yaml'), params_text(task, plan))
+    return plan
+
+def _sizes(task, study, plan):
+    "The plan with numbers of images, as the image sets have them."
+    left = _usable(study, 'photos')
     made = {n: _usable(study, n) for n in task.candidate_names}
+    name, n = min(left.items(), key=lambda kv: kv[1])
+    if n < _LEAST['train']:
+        raise StudyError(f"class {name!r} has {n} images to train on that do not look like one that is set aside, "
+                         f"expected at least {_LEAST['train']}: add photographs of it, or leave its folder out")
     uneven = max(left.values()) > 1.2*min(left.values()) or any(min(m.values()) == 0 for m in made.values())
     def total(counts):
         return sum(counts.values()) if uneven else min(counts.values())*len(counts)
-    return Plan(classes, aside, {}, 'own' if uneven else 'equal', total(left), {n: total(m) for n, m in made.items()},
-                odd, 1 if _is_grey(study) else 3, seeds=task.seeds)
+    plan.balance, plan.n_train = 'own' if uneven else 'equal', total(left)
+    plan.made = {n: total(m) for n, m in made.items()}
 
 # %% ../nbs/11_new.ipynb #f180a7ea
 def _build(study):
@@ -577,16 +612,18 @@ def write_task(task: Task    # what was asked for; its folder is laid out
                          "expected a folder for each of several classes")
     classes = class_keys(list(found.classes))
     odd = match_classes(task, classes)
-    write_atomic(Path(task.folder)/'params.yaml', params_text(task, Plan(classes, odd=odd, n_train=100*len(classes))))
+    plan = Plan(classes, odd=odd, n_train=100*len(classes), seeds=task.seeds)
+    write_atomic(Path(task.folder)/'params.yaml', params_text(task, plan))
     study = Study(task.folder)
     _build(study)
-    plan = _plan(task, study, classes, odd)
-    write_atomic(study.path('params.yaml'), params_text(task, plan))
+    plan = _set_aside(task, study, plan)
     study = Study(task.folder)
     built_s = _build(study)
     check_apart(study)
-    plan.locked = {n: {s: lock_of(study, n, s)} for n, s in
-                   (('own_test' if task.test else 'photos', 'test'), ('elsewhere', 'ood')) if n in study.data.sets}
+    _sizes(task, study, plan)
+    for n, s in (('own_test' if task.test else 'photos', 'test'), ('elsewhere', 'ood')):
+        if n in study.data.sets and s not in plan.lists:
+            plan.locked.setdefault(n, {})[s] = lock_of(study, n, s)
     plan, table = affordable(task, plan, built_s)
     return Study(task.folder), plan, table
 
@@ -648,7 +685,7 @@ def new_task(task: Task    # what is asked for
         print(f"{a!r} and {b!r} are two classes whose names differ by capitals or signs alone")
     _say_layout(task)
     whole = looked[looked['class'] == 'all'].set_index('set')
-    lost = whole[['damaged', 'repeats', 'other']].sum(axis=1)
+    lost = whole[[*_SAID, 'other']].sum(axis=1)
     for n in lost[lost > .1*(lost+whole[[s for s in ('train', 'val', 'test', 'ood') if s in whole]].sum(axis=1))].index:
         print(f"{n}: {lost[n]} images are left out, more than a tenth; runs/data/{n}/left_out.csv says why "
               "(transparent ones need `background: white` in params.yaml)")

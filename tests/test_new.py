@@ -9,7 +9,7 @@ from PIL import Image
 from synthscale.data import build_set
 from synthscale.inputs import folder_entries
 from synthscale.new import (Plan, Task, class_keys, look_into, match_classes, new_task, params_text, pipeline,
-                            set_aside, sizes_of)
+                            seconds_per_image, set_aside, sizes_of)
 from synthscale.params import problems
 from synthscale.shards import read_manifest
 from synthscale.study import Key, Study, StudyError
@@ -27,6 +27,19 @@ def photos(folder, **classes):
         for i in range(n):
             photo(folder/c/f'{folder.name}{i}.png')
     return folder
+
+@pytest.fixture(autouse=True, scope='module')
+def measured_once():
+    "The speed of training is measured once: it takes seconds, and is the same for all these studies."
+    known = {}
+    def measured(*asked):
+        key = repr(asked)
+        if key not in known:
+            known[key] = seconds_per_image(*asked)
+        return known[key]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('synthscale.new.seconds_per_image', measured)
+        yield
 
 @pytest.fixture(scope='module')
 def here(tmp_path_factory):
@@ -102,8 +115,12 @@ def test_a_plan_is_a_study_that_checks(here, tmp_path, more, expected):
     assert pd.read_csv(study.dir/'price.csv').minutes.sum() <= 60
     made = [n for n, s in study.data.sets.items() if s.is_synthetic]
     assert made == [Path(c).name for c in more.get('candidates', [])]
-    tests = {'own_test', 'elsewhere'} if 'ood' in more else {'photos'}
-    assert {n for n, x in study.data.sets.items() if x.locked} == tests
+    tests = dict(photos={'test', 'val'})
+    if 'ood' in more:
+        tests = dict(own_test={'test'}, elsewhere={'ood'}, photos={'val'})
+    assert {n: {*x.locked} for n, x in study.data.sets.items() if x.locked} == tests
+    for name in tests:
+        build_set(study, name)
 
 def test_damaged_and_repeated_photographs_are_counted_and_left_out(here, tmp_path):
     d = shutil.copytree(here/'pets', tmp_path/'pets')
@@ -147,6 +164,93 @@ def test_a_zip_is_looked_into_like_its_folder(here, tmp_path):
             z.write(f, f.relative_to(here/'pets').as_posix())
     a, b = look_into(tmp_path/'pets.zip'), look_into(here/'pets')
     assert (a.classes, a.splits, a.loose) == (b.classes, b.splits, b.loose)
+
+@pytest.fixture
+def locked(here, tmp_path):
+    "A study whose test split is a list, and the folder of its photographs."
+    d = shutil.copytree(here/'pets', tmp_path/'pets')
+    return new_task(task(here, tmp_path, images=d)), d
+
+def files_of(study, split):
+    "The files of a split of the photographs, as the set is made now."
+    m = build_set(Study(study.dir), 'photos')
+    return sorted(m[m.split == split]['file'])
+
+def resized(p):
+    "Images of another size."
+    p['data']['image_size'] = 8
+
+def test_photographs_that_are_added_never_get_into_the_listed_splits(locked):
+    "Copies of listed ones and what looks like them are left out; another size changes nothing."
+    study, d = locked
+    before = {s: files_of(study, s) for s in ('test', 'val')}
+    assert [len(before[s]) for s in before] == [10, 6] and problems(study) == []
+    for i in range(20):
+        photo(d/'cat'/f'0{i}.png')
+    first = d.parent/before['test'][0]
+    shutil.copy(first, first.with_name('0copy.png'))
+    like = np.array(Image.open(first))
+    like[0, 0] ^= 1
+    Image.fromarray(like).save(first.with_name('0like.png'))
+    assert {s: files_of(study, s) for s in before} == before
+    left = pd.read_csv(study.path('runs', 'data', 'photos', 'left_out.csv')).set_index('file').reason
+    names = [f'{first.parent.relative_to(d.parent)}/0{k}.png' for k in ('copy', 'like')]
+    says = [f'{what} {before["test"][0]} (listed for test)' for what in ('the same pixels as', 'it looks like')]
+    assert [left[n] for n in names] == says
+    edit(study.dir, resized)
+    assert {s: files_of(study, s) for s in before} == before
+
+def removed(study, file):
+    "A listed photograph is gone."
+    file.unlink()
+
+def renamed(study, file):
+    "A listed photograph has another name."
+    file.rename(file.with_name('other.png'))
+
+def changed(study, file):
+    "A listed photograph has other bytes."
+    photo(file, side=13)
+
+def another_class(study, file):
+    "The list has another class."
+    t = pd.read_csv(study.path('locked', 'photos_test.csv'))
+    t['class'] = t['class'].map(dict(cat='dog', dog='cat'))
+    t.to_csv(study.path('locked', 'photos_test.csv'), index=False)
+
+def no_list(study, file):
+    "The list itself is gone."
+    study.path('locked', 'photos_test.csv').unlink()
+
+@pytest.mark.parametrize('harm, says', [
+    (removed, '{f} is not in the input any more: put it back$'), (renamed, '{f} is not in .*other.png has its bytes'),
+    (changed, '{f} has other bytes than when it was listed'), (another_class, "{f} is of class 'cat', and was listed"),
+    (no_list, 'photos_test.csv: not readable as a list of images')], ids=lambda x: getattr(x, '__name__', ''))
+def test_a_listed_photograph_that_is_not_as_it_was_is_named(locked, harm, says):
+    study, d = locked
+    first = files_of(study, 'test')[0]
+    harm(study, d.parent/first)
+    with pytest.raises(StudyError, match=says.format(f=first.removeprefix('pets/'))):
+        build_set(study, 'photos')
+
+def test_a_list_that_is_edited_is_another_test(locked):
+    "Its hash is in params.yaml, by which DVC sees a change; `synthscale check` says so before."
+    study, d = locked
+    file = study.path('locked', 'photos_test.csv')
+    file.write_text('\n'.join(file.read_text().splitlines()[:-1])+'\n')
+    assert ['another list is another test' in x for x in problems(study)] == [True]
+    with pytest.raises(StudyError, match="split 'test' has other images or classes than when it was locked"):
+        build_set(study, 'photos')
+
+def test_a_test_set_of_its_own_is_locked_by_its_files(here, tmp_path):
+    "Another size is the same test; another file is not."
+    d = shutil.copytree(here/'twin'/'made', tmp_path/'test')
+    study = new_task(task(here, tmp_path, test=d))
+    edit(study.dir, resized)
+    build_set(Study(study.dir), 'own_test')
+    photo(d/'cat'/'new.png')
+    with pytest.raises(StudyError, match="split 'test' has other images or classes than when it was locked"):
+        build_set(study, 'own_test')
 
 LAYOUTS = [     # the places of each image
     'pets/{c}/{i}.png', 'a/b/{c}/{i}.png', '{c}/20{i:02}/{i}.png', '{c}/{c}/{i}.png', 'data/Train/{c}/{i}.png',
@@ -247,8 +351,8 @@ def shorter(p):
 
 @pytest.mark.slow
 def test_the_command_writes_a_study_that_runs(here, tmp_path):
-    "The test split stays locked, also when a photograph is added; a second run computes nothing but prepare."
-    d = shutil.copytree(here/'pets', tmp_path/'pets')
+    "A second run computes nothing but prepare."
+    shutil.copytree(here/'pets', tmp_path/'pets')
     said = sh(['synthscale', 'new', 'mine', '--images', 'pets', '--candidates', str(here/'made'), '--image-size', '8',
                '--budget', '20m', '--seeds', '2'], tmp_path)
     assert 'Nothing is trained yet' in said
@@ -260,15 +364,11 @@ def test_the_command_writes_a_study_that_runs(here, tmp_path):
     added = pd.read_csv(tmp_path/'mine'/'results'/'added_data.csv')
     assert set(added.curve) == {'with_made'} and set(added.against) == {'longer'}
     assert ran(sh('dvc repro', tmp_path/'mine')) == {'prepare'}
-    for i in range(20):
-        photo(d/'cat'/f'another{i}.png')
-    out = sh('dvc repro', tmp_path/'mine', ok=False)
-    assert "split 'test' has other images or labels than when it was locked" in out
 
 def test_plans_of_every_kind_are_read_back(here, tmp_path):
     t = task(here, tmp_path, candidates=[here/'made', here/'more'])
     lock = dict(photos=dict(test='0'*64))
-    text = params_text(t, Plan(dict(cat='cat', dog='dog'), dict(test=2, val=2), lock, 'own', 40,
+    text = params_text(t, Plan(dict(cat='cat', dog='dog'), dict(test='locked/t.csv'), lock, 'own', 40,
                                dict(made=60, more=4), {'more': dict(cat='cat', owl=None)}))
     (tmp_path/'params.yaml').write_text(text)
     study = Study(tmp_path)
