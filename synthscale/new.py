@@ -11,14 +11,15 @@ import numpy as np
 import pandas as pd
 from .data import build_set
 from .inputs import SPLIT_NAMES, bytes_hash, check_above, files_below, list_hash, same_letters
-from .pixels import Limits
-from .shards import balanced_order, read_manifest, split_hash
+from .pixels import Limits, NearHashes, difference_hash
+from .shards import balanced_order, file_names, load_set, read_manifest, split_hash
 from .study import Study, StudyError, package_root, write_atomic, write_csv
 
 # %% auto #0
 __all__ = ['pipeline', 'check_place', 'lay_out', 'key_of', 'class_keys', 'ambiguous', 'Found', 'look_into', 'set_aside',
            'sizes_of', 'Task', 'match_classes', 'Plan', 'params_text', 'seconds_per_image', 'price', 'plans',
-           'affordable', 'listed', 'lock_of', 'write_lists', 'check_apart', 'audit', 'write_task', 'new_task']
+           'affordable', 'listed', 'lock_of', 'write_lists', 'check_apart', 'near_pairs', 'terms_of', 'licence_of',
+           'audit', 'write_task', 'new_task']
 
 # %% ../nbs/11_new.ipynb #4b23d774
 _IN_CLONE = '    deps: [params.yaml, "${root}/nbs", "${root}/synthscale"]\n'
@@ -544,10 +545,83 @@ def check_apart(study: Study    # with its sets made
     raise StudyError(f"{len(both)} images to train on are also images to test or to select on, such as {first['file']} "
                      f"({first['set']}) and {other['file']} ({other['set']}): take them out of one of the folders")
 
+# %% ../nbs/11_new.ipynb #df45fc09
+_ROLES = dict(test='test', ood='test', val='val', train='train')      # split -> what its images are for
+_PAIRS = ['set', 'split', 'file', 'role', 'near_set', 'near_split', 'near_file', 'bits']      # of audit_copies.csv
+
+def _looks(study, name):
+    "The manifest of a set with the difference hash of each image; large images are read one at a time."
+    s = load_set(study.set_dir(name), lazy=study.data.image_size >= 64)
+    m = s.manifest
+    return m.assign(set=name, look=[difference_hash([a])[0] for a in s.images], shown=file_names(m))
+
+def _near(rows, others, bits):
+    "The rows (dicts) that look like one of others (a table), each with the nearest."
+    index = NearHashes(bits)
+    for r in others.itertuples():
+        index.add(r.look, r)
+    for r in rows.itertuples():
+        if found := index.nearest(r.look):
+            o, d = found
+            yield dict(zip(_PAIRS, (r.set, r.split, r.shown, _ROLES[o.split], o.set, o.split, o.shown, d)))
+
+def near_pairs(study: Study    # with its sets made
+              ) -> pd.DataFrame:     # `_PAIRS`; role: what the image that it looks like is for
+    "Images of one set that look like images of another: what is trained on, and what is tested or selected on."
+    data, bits, out = study.data, study.data.near_bits, []
+    every = pd.concat([_looks(study, n) for n in data.sets], ignore_index=True)
+    every['role'], made = every.split.map(_ROLES), every['set'].map(lambda n: data.sets[n].is_synthetic)
+    for name, rows in every.groupby('set', sort=False):
+        for role in ('test', 'val', 'train'):
+            mine = 'train' if role != 'train' or made[rows.index[0]] else 'test'
+            others = every[~made & (every.role == role) & (every['set'] != name)]
+            out += _near(rows[rows.role == mine], others, bits)
+    return pd.DataFrame(out, columns=_PAIRS)
+
+def _say_near(study, pairs):
+    "What looks like a photograph that is tested, selected or trained on."
+    for (name, role), rows in pairs.groupby(['set', 'role'], sort=False):
+        if role == 'train' and not study.data.sets[name].is_synthetic: continue        # said of the photographs already
+        to = dict(test='test on', val='select on', train='train on')[role]
+        two = '; '.join(f'{r.file} and {r.near_file}' for r in rows.head(2).itertuples())
+        made = study.data.sets[name].is_synthetic
+        what = f"{'' if made else 'warning: '}{len(rows)} {'generated images' if made else 'photographs to train on'}"
+        print(f'{name}: {what} look like photographs to {to}, such as {two} (audit_copies.csv)')
+
+
+# %% ../nbs/11_new.ipynb #4d6ca9f7
+_TERMS = re.compile(r'(LICEN[CS]E|COPYING|README|TERMS)([._-].*)?', re.IGNORECASE)
+
+def terms_of(folder    # of images, or a zip
+            ) -> list: # paths
+    "Files that may say under which terms a set of images can be used: in its folder, or in the one above."
+    folder = Path(folder).resolve()
+    places = [p for p in (folder, folder.parent) if p.is_dir()]
+    return [f for p in places for f in sorted(p.iterdir()) if _TERMS.fullmatch(f.name) and f.is_file()]
+
+def _say_terms(task, study):
+    "The files beside each input that may say its terms, and the licences of models."
+    for name, folder in task.inputs.items():
+        found = terms_of(folder)
+        said = ', '.join(os.path.relpath(f, Path(folder).resolve().parent) for f in found)
+        print(f"{name}: {'its terms may be in '+said if said else 'no file beside the images says under which terms'}")
+    for name, spec in study.models.items():
+        print(f"models.{name}: licence {getattr(spec, 'licence', None) or licence_of(study.path(getattr(spec, 'input', ''))) or 'not stated'}")
+
+def licence_of(folder    # of a model
+              ) -> str:  # '' where nothing there says so
+    "The licence that the folder of a model states in the head of its README.md, as the hub has it."
+    card = Path(folder)/'README.md'
+    head = re.match(r'---\n(.*?)\n---', card.read_text(errors='replace'), re.S) if card.is_file() else None
+    found = re.search(r'^license(?:_name)?:\s*(\S+)', head[1], re.M) if head else None
+    return found[1] if found else ''
+
+
 # %% ../nbs/11_new.ipynb #bb5a9ae9
 _SAID = dict(damaged='not a readable image', repeats='the same pixels', like_a_test='it looks like')
 
-def audit(study: Study    # with its sets made
+def audit(study: Study,         # with its sets made
+          pairs: pd.DataFrame   # as `near_pairs` finds them
          ) -> pd.DataFrame:     # set, class, one column for each split; of the whole set what was left out, too
     "What is in the image sets: usable images of each class, and what was left out."
     rows = []
@@ -559,6 +633,8 @@ def audit(study: Study    # with its sets made
         notes = {k: int(reasons.str.contains(words).sum()) for k, words in _SAID.items()}
         notes |= dict(other=len(reasons)-sum(notes.values()))
         notes |= dict(near_copies=len(pd.read_csv(near)) if near.exists() else 0)
+        alike = pairs[pairs['set'] == name].role
+        notes |= {f'near_{r}': int((alike == r).sum()) for r in ('test', 'val', 'train')}
         counts = m.groupby(['class', 'split']).size().unstack(fill_value=0)
         rows += [dict(set=name, **{'class': c}, **{s: int(v) for s, v in r.items()}) for c, r in counts.iterrows()]
         rows.append(dict(set=name, **{'class': 'all'}, **{s: int(v) for s, v in counts.sum().items()}, **notes))
@@ -678,12 +754,17 @@ def new_task(task: Task    # what is asked for
             said = (e.stderr or b'').decode()[-300:]
             raise StudyError(f"{folder}: {' '.join(map(str, e.cmd))} failed: {said}") from None
         raise
-    looked = audit(study)
+    pairs = near_pairs(study)
+    looked = audit(study, pairs)
+    if len(pairs):
+        write_csv(folder/'audit_copies.csv', pairs)
     write_csv(folder/'audit.csv', looked)
     write_csv(folder/'price.csv', table)
     for a, b in ambiguous(list(found.classes)):
         print(f"{a!r} and {b!r} are two classes whose names differ by capitals or signs alone")
     _say_layout(task)
+    _say_terms(task, study)
+    _say_near(study, pairs)
     whole = looked[looked['class'] == 'all'].set_index('set')
     lost = whole[[*_SAID, 'other']].sum(axis=1)
     for n in lost[lost > .1*(lost+whole[[s for s in ('train', 'val', 'test', 'ood') if s in whole]].sum(axis=1))].index:

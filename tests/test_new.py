@@ -252,6 +252,38 @@ def test_a_test_set_of_its_own_is_locked_by_its_files(here, tmp_path):
     with pytest.raises(StudyError, match="split 'test' has other images or classes than when it was locked"):
         build_set(study, 'own_test')
 
+def like(file, of):
+    "A copy with one pixel changed."
+    a = np.array(Image.open(of))
+    a[0, 0] ^= 1
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(a).save(file)
+
+def test_images_of_two_sets_that_look_alike_are_counted_and_named(here, tmp_path, capsys):
+    "Generated images are like ones to test on and to train on, and photographs to train on are like ones to test on."
+    pets = here/'pets'
+    own = photos(tmp_path/'own', cat=6, dog=6)
+    drawn = shutil.copytree(here/'made', tmp_path/'drawn')
+    for c in ('cat', 'dog'):
+        like(drawn/c/'copy.png', own/c/'own1.png')
+    for i in range(5):                # three photographs of a class are to select on
+        like(drawn/'cat'/f'learned{i}.png', pets/'cat'/f'pets{i}.png')
+        like(own/'dog'/f'leak{i}.png', pets/'dog'/f'pets{i}.png')
+    (own/'README.md').write_text('from a friend')
+    (tmp_path/'LICENCE').write_text('free')
+    study = new_task(task(here, tmp_path, test=own, candidates=[drawn]))
+    whole = pd.read_csv(study.dir/'audit.csv').query("`class` == 'all'").set_index('set')
+    assert whole.near_test['drawn'] == 2 and whole.near_train['drawn'] >= 2
+    assert whole.near_train['drawn']+whole.near_val['drawn'] == 5
+    assert 2 <= whole.near_test['photos'] == whole.near_train['own_test'] <= 5
+    pairs = pd.read_csv(study.dir/'audit_copies.csv')
+    two = {(f'drawn/{c}/copy.png', f'own/{c}/own1.png') for c in ('cat', 'dog')}
+    assert {*zip(pairs['file'], pairs.near_file)} >= two
+    said = capsys.readouterr().out
+    assert 'drawn: 2 generated images look like photographs to test on, such as' in said
+    assert 'photos: warning: ' in said and 'own/dog/leak' in said
+    assert 'its terms may be in own/README.md, LICENCE' in said
+
 LAYOUTS = [     # the places of each image
     'pets/{c}/{i}.png', 'a/b/{c}/{i}.png', '{c}/20{i:02}/{i}.png', '{c}/{c}/{i}.png', 'data/Train/{c}/{i}.png',
     'TRAINING/{c}/sub/{i}.png', '__MACOSX/{c}/._{i}.png {c}/{i}.png',
