@@ -6,10 +6,12 @@
 from __future__ import annotations
 import json, math, os, re, shutil, subprocess, sys, time, unicodedata
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .data import build_set
+from .drawing import drawing_price
 from .inputs import SPLIT_NAMES, bytes_hash, check_above, files_below, list_hash, same_letters
 from .pixels import Limits, NearHashes, difference_hash
 from .shards import balanced_order, file_names, load_set, read_manifest, split_hash
@@ -212,6 +214,7 @@ class Task:
     test: Path = None            # others to test on, which then no photograph is taken out for
     ood: Path = None             # others from elsewhere: a second test
     candidates: list = field(default_factory=list)      # folders of generated images that exist already
+    models: list = field(default_factory=list)          # that more are drawn with: folders, or OWNER/NAME@COMMIT
     image_size: int = 32         # pixels per side that networks see
     minutes: float = 30.         # that everything together may take
     seeds: int = 3
@@ -239,11 +242,32 @@ class Task:
             used.add(out[-1].lower())
         return out
 
+    @cached_property
+    def drawn(self) -> list:
+        "The models that candidates are drawn with, as `drawing.Model`; the hub is asked once."
+        from synthscale.drawing import model_of
+        used, out = {n.lower() for n in self.candidate_names}, []
+        if len(self.models) > 3: raise StudyError.at('--model', f'{len(self.models)} of them', 'three at most: a pilot')
+        for given in self.models:
+            base = key_of(Path(given.partition('@')[0]).name) or 'model'
+            name = next(k for k in (base, *(f'{base}_{i}' for i in range(2, 1000))) if k.lower() not in used)
+            used.add(name.lower())
+            out.append(model_of(given, name))
+        return out
+
+    @property
+    def source_names(self) -> list:
+        "The names of the sources that are drawn: further sets of generated images, beside `candidate_names`."
+        if not self.models: return []
+        from synthscale.drawing import sources_of
+        return list(sources_of(self.drawn))
+
     @property
     def root(self) -> Path:
         "The folder that all inputs are in."
         return Path(os.path.commonpath([Path(p).resolve().parent for p in self.inputs.values()]))
 
+# %% ../nbs/11_new.ipynb #7b3882a1
 def _flow(value):
     "A value as YAML on one line: plain words as they are, others as JSON writes them."
     if isinstance(value, dict): return '{'+', '.join(f'{_flow(k)}: {_flow(v)}' for k, v in value.items())+'}'
@@ -282,6 +306,7 @@ class Plan:
     n_train: int = 0
     made: dict = field(default_factory=dict)         # candidate -> images
     odd: dict = field(default_factory=dict)          # set -> folder of a class -> class here, None: it is left out
+    n_drawn: int = 100           # images of each source that a model draws
     channels: int = 3
     shown: int = 12000           # samples_seen_at_100
     seeds: int = 3
@@ -342,6 +367,16 @@ def _lines(texts):
     "Several lines as one text."
     return '\n'.join(texts)
 
+# %% ../nbs/11_new.ipynb #d9633ec1
+def _model_lines(task, plan):
+    "The sections models, prompts and generate of params.yaml."
+    if not task.models: return ['generate: {sources: {}}']
+    import torch
+    from synthscale.drawing import drawing_lines
+    gpu = torch.cuda.is_available()
+    return drawing_lines(task.drawn, Path(task.folder).resolve(), plan.classes, plan.n_drawn, *((16,) if gpu else
+                                                                                                (4, 'float32')))
+
 def _curves(task, plan):
     "The curves in params.yaml, one a line."
     every = _flow(plan.sizes)
@@ -388,7 +423,7 @@ data:
   sets:                        # damaged images and repeats are left out: runs/data/NAME/left_out.csv
 {_lines(_set_line(task, plan, n) for n in task.inputs)}
 
-generate: {{sources: {{}}}}
+{_lines(_model_lines(task, plan))}
 
 recipes:
   small:
@@ -446,7 +481,8 @@ def seconds_per_image(recipe,        # Recipe
 
 def price(study: Study,        # with its params.yaml as planned
           per_image: float,    # seconds for an image shown in training by one process
-          built_s: float = 0.  # seconds that its image sets took
+          built_s: float = 0., # seconds that its image sets took
+          drawn: dict = None   # source -> seconds for an image that it draws, None: not known
          ) -> pd.DataFrame:    # what, runs, images_shown, minutes
     "What a study of one's own photographs costs: curves at the measured speed, and what every stage takes anyway."
     from synthscale.classify import usable_processes
@@ -461,6 +497,7 @@ def price(study: Study,        # with its params.yaml as planned
                          minutes=(longest*per_image+_STAGE_S)/60))
     rows.append(dict(what='image sets', runs=len(study.data.sets), images_shown=0,
                      minutes=(built_s+_STAGE_S*len(study.data.sets))/60))
+    rows += drawing_price(study, drawn or {}, _STAGE_S)
     rows.append(dict(what='tables and figures', runs=3, images_shown=0, minutes=_TABLES_S/60))
     return pd.DataFrame(rows)
 
@@ -475,7 +512,8 @@ def plans(plan: Plan    # as far as it follows from the photographs
 
 def affordable(task: Task,        # what was asked for
                plan: Plan,        # as far as it follows from the photographs
-               built_s: float     # seconds that the image sets took
+               built_s: float,    # seconds that the image sets took
+               drawn: dict = None # source -> seconds for an image that it draws, None: not known
               ):                  # the plan, its price
     "The dearest plan that fits into the minutes; raises `StudyError` that says how many the cheapest one needs."
     per_image, least = None, None
@@ -484,11 +522,11 @@ def affordable(task: Task,        # what was asked for
         study = Study(task.folder)
         if per_image is None:
             per_image = seconds_per_image(study.recipes['small'], task.image_size, p.channels, len(p.classes))
-        table = price(study, per_image, built_s)
+        table = price(study, per_image, built_s, drawn)
         least = table.minutes.sum()/_MARGIN
         if least <= task.minutes: return p, table
     raise StudyError(f'the cheapest plan takes {math.ceil(least)} minutes on this machine, and --budget is '
-                     f'{task.minutes:g}m: allow more, or a smaller --image-size, or fewer --candidates')
+                     f'{task.minutes:g}m: allow more, or a smaller --image-size, or fewer --candidates and --model')
 
 # %% ../nbs/11_new.ipynb #752c6157
 def _usable(study, name, split='train'):
@@ -604,9 +642,10 @@ def _say_terms(task, study):
     for name, folder in task.inputs.items():
         found = terms_of(folder)
         said = ', '.join(os.path.relpath(f, Path(folder).resolve().parent) for f in found)
-        print(f"{name}: {'its terms may be in '+said if said else 'no file beside the images says under which terms'}")
+        print(f"{name}: {'its terms may be in '+said if said else 'no file beside it states terms of use'}")
     for name, spec in study.models.items():
-        print(f"models.{name}: licence {getattr(spec, 'licence', None) or licence_of(study.path(getattr(spec, 'input', ''))) or 'not stated'}")
+        said = getattr(spec, 'licence', '') or (spec.type == 'local' and licence_of(study.path(spec.input)))
+        print(f"models.{name}: {'licence '+said if said else 'its licence is not stated here'}")
 
 def licence_of(folder    # of a model
               ) -> str:  # '' where nothing there says so
@@ -679,6 +718,37 @@ def _check_disk(folder, study):
         raise StudyError(f"{folder}: {free/1e9:.1f} GB are free on this disk, and the study needs about {need/1e9:.1f}")
     return need
 
+# %% ../nbs/11_new.ipynb #8e171953
+_DRAWING = .5      # of the minutes at most are for drawing
+
+def _pilot(task, study, plan):
+    "Seconds for an image of each source, None where its model is not here; the plan gets how many each one draws."
+    if not task.models: return {}
+    from synthscale.drawing import draw_seconds
+    folders = {m.name: m.folder for m in task.drawn}
+    models = {n: s.model for n, s in study.generate.sources.items()}
+    each = {n: draw_seconds(study, n, folders[m]) if folders[m] else None for n, m in models.items()}
+    step, seconds = len(plan.classes), sum(s for s in each.values() if s)
+    fits = 60*task.minutes*_MARGIN*_DRAWING/seconds if seconds else float('inf')
+    plan.n_drawn = int(min(4*plan.n_train, fits))//step*step
+    if plan.n_drawn < 2*step:
+        raise StudyError(f"drawing two images of each class takes {math.ceil(2*step*seconds/60)} minutes with "
+                         f"{len(models)} sources on this machine, and --budget is {task.minutes:g}m, half of it for "
+                         "drawing: allow more, or fewer --model, or a machine with a GPU")
+    return each
+
+def _say_drawn(task, plan):
+    "What is drawn, and what is not known of it."
+    for m in task.drawn:
+        if m.folder: continue
+        size = 'of unknown size' if m.size is None else f'{m.size/1e9:.1f} GB'
+        print(f'models.{m.name}: {m.repo}@{m.revision[:12]} ({size}) is fetched by dvc repro; how fast it draws is not '
+              'known before, and the minutes are without it: `synthscale plan` measures it then')
+    if task.models:
+        print(f"{len(task.source_names)} sources of {plan.n_drawn} images each are drawn, a pilot: "
+              f"{', '.join(task.source_names)}")
+
+# %% ../nbs/11_new.ipynb #63af6d3c
 def write_task(task: Task    # what was asked for; its folder is laid out
               ):             # the study, its plan, its price
     "Look at the images, set some aside, and plan what fits into the minutes."
@@ -700,7 +770,8 @@ def write_task(task: Task    # what was asked for; its folder is laid out
     for n, s in (('own_test' if task.test else 'photos', 'test'), ('elsewhere', 'ood')):
         if n in study.data.sets and s not in plan.lists:
             plan.locked.setdefault(n, {})[s] = lock_of(study, n, s)
-    plan, table = affordable(task, plan, built_s)
+    drawn = _pilot(task, study, plan)
+    plan, table = affordable(task, plan, built_s, drawn)
     return Study(task.folder), plan, table
 
 # %% ../nbs/11_new.ipynb #d7a07ba9
@@ -765,6 +836,7 @@ def new_task(task: Task    # what is asked for
     _say_layout(task)
     _say_terms(task, study)
     _say_near(study, pairs)
+    _say_drawn(task, plan)
     whole = looked[looked['class'] == 'all'].set_index('set')
     lost = whole[[*_SAID, 'other']].sum(axis=1)
     for n in lost[lost > .1*(lost+whole[[s for s in ('train', 'val', 'test', 'ood') if s in whole]].sum(axis=1))].index:

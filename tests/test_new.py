@@ -1,12 +1,15 @@
 "A study of one's own photographs: what is refused, what is set aside, and that nothing stays of what fails."
-import shutil, zipfile, zlib
+import json, shutil, zipfile, zlib
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 import numpy as np, pandas as pd, pytest
 from conftest import ROOT, edit, ran, sh
 from hypothesis import given, strategies as st
 from PIL import Image
 from synthscale.data import build_set
+from synthscale.drawing import model_of
 from synthscale.inputs import folder_entries
 from synthscale.new import (Plan, Task, class_keys, look_into, match_classes, new_task, params_text, pipeline,
                             seconds_per_image, set_aside, sizes_of)
@@ -406,3 +409,94 @@ def test_plans_of_every_kind_are_read_back(here, tmp_path):
     study = Study(tmp_path)
     assert study.data.sets['more'].classes == dict(cat='cat', owl=None) and study.data.sets['more'].fewer_classes
     assert study.classify.mixtures['with_more'].n_synthetic == [4]
+
+def hub(answers):
+    "A server that answers like the hub: path -> (status, JSON)."
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, said = answers.get(self.path.partition('?')[0], (404, {}))
+            body = json.dumps(said).encode()
+            self.send_response(status)
+            self.send_header('Content-Type', 'application/json')
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            "Nothing is printed."
+    return ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+
+@pytest.fixture
+def asked(monkeypatch):
+    "The hub's address leads to a server with one model, one behind a licence, and nothing else."
+    weights = [dict(rfilename='unet/model.safetensors', size=3*10**9), dict(rfilename='README.md', size=5)]
+    server = hub({'/api/models/a/open': (200, dict(id='a/open', sha='1'*40, siblings=weights)),
+                  '/api/models/a/closed': (401, dict(error='no'))})
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', f'http://127.0.0.1:{server.server_port}')
+    yield
+    server.shutdown()
+    server.server_close()
+
+def test_the_hub_is_asked_for_the_newest_commit(asked):
+    m = model_of('a/open', 'open')
+    assert (m.repo, m.revision, m.size) == ('a/open', '1'*40, 3*10**9)
+
+@pytest.mark.parametrize('given, says', [
+    ('a/closed', 'accept the model.s terms on its page, and put a token of yours into HF_TOKEN'),
+    ('a/none', 'a/none: not on the hub'), ('a/open@main', "'main' is no full commit hash"),
+    ('a/open@', "'' is no full commit hash"), ('none', 'expected a folder that is there, or OWNER/NAME@COMMIT')])
+def test_a_model_that_cannot_be_named_is_said_with_the_way_out(asked, given, says):
+    with pytest.raises(StudyError, match=says):
+        model_of(given, 'x')
+
+def test_without_the_hub_a_commit_has_to_be_given(monkeypatch):
+    "Nobody listens there."
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', 'http://127.0.0.1:9')
+    with pytest.raises(StudyError, match='the hub cannot be asked .*name the commit, OWNER/NAME@COMMIT'):
+        model_of('a/open', 'x')
+    assert model_of(f'a/open@{"2"*40}', 'x').size is None
+
+def test_models_of_the_hub_are_planned_and_their_price_is_not_known(asked, here, tmp_path, capsys):
+    "Each has two prompt sets and two guidance scales; the study checks, and is short."
+    study = new_task(task(here, tmp_path, models=['a/open', f'b/sd.x@{"3"*40}'], candidates=[here/'made']))
+    assert problems(Study(study.dir)) == [] and len((study.dir/'params.yaml').read_text().splitlines()) <= 60
+    assert study.models['open'].revision == '1'*40 and study.models['sd_x'].repo == 'b/sd.x'
+    names = task(here, tmp_path, models=['a/open', f'b/sd.x@{"3"*40}']).source_names
+    assert [*study.generate.sources] == names and len(names) == 8
+    assert {s.guidance_scale for s in study.generate.sources.values()} == {1.5, 4.}
+    assert study.generate.n_images == 4*32
+    price = pd.read_csv(study.dir/'price.csv').set_index('what').minutes
+    assert price.isna().sum() == 8 and price.isna()[[f'drawing {n}' for n in names]].all()
+    said = capsys.readouterr().out
+    assert 'models.open: a/open@111111111111 (3.0 GB) is fetched by dvc repro' in said
+    assert 'models.sd_x: b/sd.x@333333333333 (of unknown size)' in said and '8 sources of 128 images' in said
+
+@pytest.fixture(scope='module')
+def drawer(tmp_path_factory):
+    "A Stable Diffusion with random weights."
+    from synthscale.random_pipelines import tiny_sd
+    d = tiny_sd(tmp_path_factory.mktemp('drawer')/'sd')
+    (d/'README.md').write_text('---\nlicense: openrail\n---\n')
+    return d
+
+@pytest.mark.slow
+def test_a_model_in_a_folder_draws_candidates(here, drawer, tmp_path):
+    "Its speed is measured, the study checks, and the stage generate makes as many images as were planned."
+    shutil.copytree(here/'pets', tmp_path/'pets')
+    said = sh(['synthscale', 'new', 'mine', '--images', 'pets', '--model', str(drawer), '--image-size', '8',
+               '--budget', '30m', '--seeds', '2'], tmp_path)
+    assert 'models.sd: licence openrail' in said and '4 sources of' in said
+    study = Study(tmp_path/'mine')
+    drawn = pd.read_csv(study.dir/'price.csv').query("what.str.startswith('drawing')").minutes
+    assert len(drawn) == 4 and drawn.gt(0).all() and drawn.sum() <= 16+4*.3
+    assert 'nothing is wrong' in sh('synthscale check', study.dir)
+    first = next(iter(study.generate.sources))
+    sh(f'dvc repro generate@{first}', study.dir)
+    assert len(read_manifest(study.set_dir(first))) == study.generate.n_images
+
+@pytest.mark.slow
+def test_drawing_that_does_not_fit_is_said(here, drawer, tmp_path):
+    with pytest.raises(StudyError, match='drawing two images of each class takes'):
+        new_task(task(here, tmp_path, models=[str(drawer)], minutes=.001))
+    assert not list(tmp_path.iterdir())
