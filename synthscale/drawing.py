@@ -12,8 +12,7 @@ from .pipelines import FAMILIES, check_folder, first_line, pipeline_class
 from .study import Study, StudyError
 
 # %% auto #0
-__all__ = ['PROMPTS', 'Model', 'hub_info', 'model_of', 'two_scales', 'sources_of', 'drawing_lines', 'draw_seconds',
-           'drawing_price']
+__all__ = ['Model', 'hub_info', 'model_of', 'two_scales', 'sources_of', 'drawing_lines', 'draw_seconds', 'drawing_price']
 
 # %% ../nbs/10c_drawing.ipynb #50155511
 @dataclass
@@ -75,7 +74,7 @@ def model_of(given: str,   # a folder, OWNER/NAME@COMMIT, or OWNER/NAME
     return _hub_model(name, repo, revision)
 
 # %% ../nbs/10c_drawing.ipynb #306b63c2
-PROMPTS = dict(names='classnames', clip='CLIP templates')      # prompt set -> its family
+_PROMPTS = dict(names='classnames', clip='CLIP templates')      # prompt set -> its family
 
 def two_scales(pipeline: str   # class of diffusers; empty: not known
               ) -> tuple:
@@ -87,7 +86,7 @@ def sources_of(models: list    # of Model
               ) -> dict:       # source -> model, prompts and guidance_scale
     "The sources of a pilot: each model with each prompt set and each guidance scale."
     return {f"{m.name}_{p}_g{g:g}".replace('.', '-'): dict(model=m.name, prompts=p, guidance_scale=g)
-            for m in models for p in PROMPTS for g in two_scales(m.pipeline)}
+            for m in models for p in _PROMPTS for g in two_scales(m.pipeline)}
 
 def _flow(value):
     "A mapping as YAML on one line."
@@ -108,7 +107,8 @@ def drawing_lines(models: list,     # of Model
     "models, prompts and generate of params.yaml, line by line."
     if not models: return ['generate: {sources: {}}']
     words = {k: c for c, k in classes.items() if c != k.replace('_', ' ')}
-    asked = (dict(words=dict(name=words)) if words else {}) | dict(sets={k: dict(family=v) for k, v in PROMPTS.items()})
+    asked = dict(words=dict(name=words)) if words else {}
+    asked['sets'] = {k: dict(family=v) for k, v in _PROMPTS.items()}
     sources = [_flow({k: v})[1:-1] for k, v in sources_of(models).items()]
     two = [', '.join(sources[i:i+2]) for i in range(0, len(sources), 2)]       # a line for each model and prompt set
     return ['models:', *(f'  {m.name}: {_flow(_entry(m, folder))}' for m in models), f'prompts: {_flow(asked)}', '',
