@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 from .inputs import (FilesSpec, FolderSpec, HubImagesSpec, ImagesSpec, PairsSpec, ShardsSpec, TilesSpec,
                                folder_entries, hold_out, hub_entries, image_samples, named_entries, shard_samples,
-                               tile_entries, translate, unlabelled_entries, usable)
+                               take_listed, tile_entries, translate, unlabelled_entries, usable)
 from .pairs import pair_samples
 from .pixels import Limits, NearHashes, difference_hash
 from .shards import (balanced_order, check_locked, check_set, encode_png, file_names, sample_grid,
@@ -342,7 +342,8 @@ def set_samples(study: Study,   # the study
     else:
         found = translate(_entries(study, spec, path, left_out), spec, classes, name, left_out)
     try:
-        found = usable(found, spec, size, ch, left_out, study.data.limits)
+        found = take_listed(found, spec, classes, path.name, study.path)
+        found = usable(found, spec, size, ch, left_out, study.data.limits, study.data.near_bits)
     except StudyError as e:
         raise StudyError(f"set {name!r}: {e}") from None
     kept = hold_out(found, spec, seed, name)

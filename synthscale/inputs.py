@@ -13,14 +13,16 @@ import numpy as np
 import pandas as pd
 from pydantic import AfterValidator, Field
 from tqdm import tqdm
-from .pixels import IMAGE_TYPES, OTHER_TYPES, Limits, as_seen, check_archive, open_image
-from .shards import balanced_order, decode, encode_png, tar_samples
+from .pixels import (IMAGE_TYPES, OTHER_TYPES, Limits, NearHashes, as_seen, check_archive, difference_hash,
+                               open_image)
+from .shards import balanced_order, decode, encode_png, split_hash, tar_samples
 from .study import Count, Ident, Positive, Section, StudyError, nearest
 
 # %% auto #0
-__all__ = ['ImagesSpec', 'FolderSpec', 'FilesSpec', 'TilesSpec', 'HubImagesSpec', 'PairsSpec', 'ShardsSpec', 'Entry', 'all_files',
-           'files_below', 'same_letters', 'folder_entries', 'unlabelled_entries', 'named_entries', 'tile_entries',
-           'hub_splits', 'hub_entries', 'in_order', 'translate', 'usable', 'hold_out', 'image_samples', 'shard_samples']
+__all__ = ['SPLIT_NAMES', 'ImagesSpec', 'FolderSpec', 'FilesSpec', 'TilesSpec', 'HubImagesSpec', 'PairsSpec', 'ShardsSpec',
+           'Entry', 'all_files', 'files_below', 'same_letters', 'check_above', 'folder_entries', 'unlabelled_entries',
+           'named_entries', 'tile_entries', 'hub_splits', 'hub_entries', 'in_order', 'translate', 'usable',
+           'bytes_hash', 'read_list', 'list_hash', 'take_listed', 'hold_out', 'image_samples', 'shard_samples']
 
 # %% ../nbs/00m_inputs.ipynb #b78a42e8
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -32,6 +34,7 @@ def _inside(path: str) -> str:
     return path
 
 _Inside = Annotated[str, AfterValidator(_inside)]
+_ListFile = Annotated[str, Field(pattern=r'\.csv$'), AfterValidator(_inside)]
 
 class ImagesSpec(Section):
     "What all image sets of your own have in common: splits and classes in the study's words, and what is left out."
@@ -41,11 +44,13 @@ class ImagesSpec(Section):
     classes: dict[str, Union[Ident, None]] = {}    # class in the input -> class of the study, null: left out;
                                      # {}: the study's names, or numbers that count study.classes from 0
     fewer_classes: bool = False      # true for a test set of some classes (ImageNet-R has 200); else all must occur
-    hold_out: dict[Ident, Positive] = {}           # new split -> images, random and class-balanced, from hold_out_from
+    hold_out: dict[Ident, Union[Positive, _ListFile]] = {}       # new split -> images, random and class-balanced, from
+                                     # hold_out_from; or a list of them (`read_list`), a .csv in the study's folder
     hold_out_from: Ident = 'train'
-    locked: dict[Ident, str] = {}    # split -> hash of its images (`split_hash`): other ones are then an error, so that
-                                     # nobody chooses a test set twice
-    duplicates: Literal['keep', 'drop'] = 'keep'   # drop: images whose pixels occurred before in the set, in any split
+    locked: dict[Ident, str] = {}    # split -> hash of its files and classes (`split_hash`): other ones are then an
+                                     # error, so that nobody chooses a test set twice
+    duplicates: Literal['keep', 'drop', 'near'] = 'keep'         # drop: images whose pixels occurred before in the set,
+                                     # in any split; near: also what looks like an image of a list in hold_out
     unreadable: Literal['error', 'skip'] = 'error' # of a damaged image, and of a pair without caption or image;
                                      # runs/data/NAME/left_out.csv lists skipped ones
     max_left_out: _Share = 0.1        # of the images, damaged or repeated; more is an error: then it is another kind of
@@ -59,6 +64,11 @@ class ImagesSpec(Section):
     def is_synthetic(self) -> bool:
         "Whether a generator made these images, as the key `synthetic` tells."
         return self.synthetic
+
+    @property
+    def list_files(self) -> dict:
+        "Split -> file that lists its images."
+        return {s: f for s, f in self.hold_out.items() if isinstance(f, str)}
 
 class FolderSpec(ImagesSpec):
     "One folder per class (torchvision's ImageFolder), with or without train/val/test above; a folder or a zip."
@@ -182,19 +192,21 @@ def _zip_files(path, limits, left_out):
     sizes = [i.file_size for i in members if i.file_size <= limits.member_bytes]       # the others are never unpacked
     check_archive(path, len(members), sum(sizes), os.path.getsize(path), limits)
     for i in members:
-        name, fits = f'{path.name}/{i.filename}', i.file_size <= limits.member_bytes
-        if i.filename in out:
+        inside = re.sub(r'^(\./)+', '', i.filename)      # as `zip -r x.zip .` of some programs begins names
+        name, fits = f'{path.name}/{inside}', i.file_size <= limits.member_bytes
+        if inside in out:
             _note(left_out, name, 'a later file of the same name replaces it')
         large = f'{i.file_size} bytes, expected at most {limits.member_bytes} (data.limits.member_bytes)'
         read = partial(_bytes_of, name, partial(z.read, i))
-        out[i.filename] = read if fits else partial(_unreadable, name, large)
+        out[inside] = read if fits else partial(_unreadable, name, large)
     return out
 
 # %% ../nbs/00m_inputs.ipynb #9956d774
 def _no_image(name):
     "Why a file is none of the images of an input; '' where it is one."
     parts, ext = name.split('/'), name.rpartition('.')[2].lower()
-    if parts[0] == '__MACOSX' or parts[-1].startswith('._'): return 'a note of macOS'
+    if '__MACOSX' in parts or parts[-1].startswith('._'): return 'a note of macOS'
+    if any(re.match(r'\.[^.]', p) for p in parts): return 'hidden: it, or a folder above it, begins with a dot'
     return '' if ext in IMAGE_TYPES or ext in OTHER_TYPES else 'no image by its ending'
 
 def all_files(path,                      # a folder or a .zip
@@ -232,11 +244,32 @@ def same_letters(text: str) -> str:
     "A name as one would compare it: an accent is the same letter whether it is written as one sign or as two."
     return unicodedata.normalize('NFC', text)
 
-def _is_flat(parts, known):
-    "Whether the layout is CLASS/image: a known class has images of its own."
-    if any(len(p) == 2 and p[0] in known for p in parts): return True
-    return not any(len(p) > 2 and p[1] in known for p in parts) and any(len(p) == 2 for p in parts)
+SPLIT_NAMES = dict(train='train', training='train', val='val', valid='val', validation='val', dev='val', test='test',
+                   testing='test')      # usual names of splits, in lower case -> what they are called here
 
+def check_above(parts,    # path inside an input, as a list, of each image
+                path      # of the input, for errors
+               ):
+    "Raise `StudyError` where a class has folders of splits below it: its images would all be of one split."
+    below = {}
+    for p in parts:
+        below.setdefault(p[0], {}).setdefault(p[1] if len(p) > 2 else '', '/'.join(p))
+    for label, found in below.items():
+        if not all(s.lower() in SPLIT_NAMES for s in found): continue
+        some = min(found)
+        raise StudyError(f"{path}: {label} has splits below it ({', '.join(sorted(found))}), such as {found[some]}: "
+                         f"expected the splits above the classes, {some}/{label}/..., or type 'files' in params.yaml "
+                         "with the pattern (?P<class>[^/]+)/(?P<split>[^/]+)/.+")
+
+def _is_flat(parts, known):
+    "Whether the layout is CLASS/image or CLASS/folder/image, and not SPLIT/CLASS/image."
+    if any(len(p) == 2 and p[0] in known for p in parts): return True
+    deep = [p for p in parts if len(p) > 2]
+    below = [p for p in deep if p[1] in known]
+    if below: return all(p[0] == p[1] for p in below)      # cat/cat, dog/dog: as some archives repeat a name
+    return any(p[0] in known for p in deep) or any(len(p) == 2 for p in parts)
+
+# %% ../nbs/00m_inputs.ipynb #2466b495
 def folder_entries(path,           # folder or zip
                    known: set,     # names of classes, in the input's words
                    left_out=None,  # list, filled: files that are passed over, and why
@@ -246,6 +279,8 @@ def folder_entries(path,           # folder or zip
     files = files_below(path, left_out, limits)
     parts = {f: same_letters(f).split('/') for f in files}
     flat = _is_flat(parts.values(), {same_letters(k) for k in known})
+    if flat:
+        check_above([p for p in parts.values() if len(p) > 1], path)
     entries = []
     for f, p in parts.items():
         if len(p) < 3-flat:
@@ -281,7 +316,7 @@ def named_entries(path,           # folder or zip
     if not found:
         raise StudyError(f"{path}: no image matches pattern {pattern!r}; "
                          f"the first of {len(files)} is {next(iter(files), 'none')}")
-    return [Entry(f'{Path(path).name}/{f}', g.get('split', 'train') or '', g['class'] or '', files[f])
+    return [Entry(f'{Path(path).name}/{f}', g.get('split', 'train') or '', same_letters(g['class'] or ''), files[f])
             for f, g in found]
 
 # %% ../nbs/00m_inputs.ipynb #cf449477
@@ -446,33 +481,120 @@ def _check_left(found, out, spec, damaged):
         raise StudyError(f"split {split!r}: every image of class {first.label!r} is damaged or a repeat, for example "
                          f"{first.name}; runs/data/NAME/left_out.csv is written when the set can be made")
 
+class _Repeats:
+    "Images seen so far, those of lists first, and what a later one repeats."
+    def __init__(self, spec, bits):
+        self.spec, self.seen, self.near = spec, {}, NearHashes(bits)
+
+    def of(self, x, pixels):
+        "Why an image (split, label, Entry) is left out; '' where it stays, as those of lists always do."
+        first = self.seen.setdefault(hashlib.sha256(pixels.tobytes()).digest(), x)
+        if self.spec.duplicates == 'keep': return ''
+        look = difference_hash([pixels])[0] if self.spec.duplicates == 'near' else 0
+        if x[0] in self.spec.list_files:
+            self.near.add(look, x)
+            return ''
+        if first is not x: return self._words('the same pixels as', first, x)
+        like = self.near.nearest(look) if self.spec.duplicates == 'near' else None
+        return self._words('it looks like', like[0], x) if like else ''
+
+    def _words(self, what, first, x):
+        "A reason for left_out.csv."
+        listed = f' (listed for {first[0]})' if first[0] in self.spec.list_files else ''
+        other = '' if first[1] == x[1] else f', which is of class {first[2].label}'
+        return f'{what} {first[2].name}{listed}{other}'
+
+# %% ../nbs/00m_inputs.ipynb #95386d80
 def usable(found: list,         # (split, label, Entry)
            spec,                # ImagesSpec
            size: int,           # pixels per side
            channels: int,       # 1 or 3
            left_out: list,      # filled: what was left out, and why
-           limits: Limits = Limits()    # what is too much in an image
+           limits: Limits = Limits(),   # what is too much in an image
+           bits: int = 3        # of 64: `near`
           ) -> list:
     "What is left without damaged images and repeats, where the set specifies so; every image is read once for that."
     if spec.unreadable == 'error' and spec.duplicates == 'keep': return found
-    seen, out, damaged = {}, [], []
-    for x in tqdm(found, desc='checked', unit='image'):
-        e = x[2]
+    seen, kept, damaged = _Repeats(spec, bits), set(), []
+    order = sorted(range(len(found)), key=lambda i: found[i][0] not in spec.list_files)
+    for i in tqdm(order, desc='checked', unit='image'):
+        e = found[i][2]
         try:
-            pixels = _sized(e.read(), size, channels, spec, e.name, limits).tobytes()
+            why = seen.of(found[i], _sized(e.read(), size, channels, spec, e.name, limits))
         except StudyError as err:
             if spec.unreadable == 'error': raise
-            _note(damaged, e.name, str(err).partition(': ')[2])
-            continue
-        first = seen.setdefault(hashlib.sha256(pixels).digest(), x)
-        if spec.duplicates == 'drop' and first is not x:
-            other = '' if first[1] == x[1] else f', which is of class {first[2].label}'
-            _note(damaged, e.name, f'the same pixels as {first[2].name}{other}')
+            why = str(err).partition(': ')[2]
+        if why:
+            _note(damaged, e.name, why)
         else:
-            out.append(x)
+            kept.add(i)
     left_out += damaged
+    out = [x for i, x in enumerate(found) if i in kept]
     _check_left(found, out, spec, damaged)
     return out
+
+# %% ../nbs/00m_inputs.ipynb #d6eef328
+def bytes_hash(data    # encoded bytes, or a uint8 array
+              ) -> str:
+    "SHA-256 of an image as its input has it."
+    return hashlib.sha256(data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()).hexdigest()
+
+_LIST = ['file', 'class', 'sha256']      # columns of a list
+
+def read_list(path    # a .csv in the study's folder
+             ) -> pd.DataFrame:    # file, class, sha256
+    "The images of a split: names inside the input, classes of the study, and hashes of the files' bytes."
+    try:
+        t = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as e:
+        raise StudyError(f"{path}: not readable as a list of images ({e}); git has it, with the study") from None
+    for c in _LIST:
+        if c not in t: raise StudyError(f"{path}: no column {c!r}{nearest(c, t.columns)}, expected {', '.join(_LIST)}")
+    if not len(t): raise StudyError(f"{path}: no row, expected one for each image of the split")
+    t['file'] = t['file'].map(same_letters)
+    again = t[t['file'].duplicated()]
+    if len(again): raise StudyError(f"{path}: {again['file'].iloc[0]} is listed twice")
+    return t[_LIST]
+
+def list_hash(path,        # a .csv in the study's folder
+              split: str   # that it lists
+             ) -> str:     # as `split_hash` of the split in its image set
+    "The hash that locks a list."
+    return split_hash(read_list(path).rename(columns=dict(sha256='file_sha256')).assign(split=split), split)
+
+def _one_of(path, row, here, others, classes, split):
+    "Raise where a listed image is not there as it was listed; `here` is (split, label, Entry), None: nowhere."
+    if here is None:
+        same = (k for k, (_, _, e) in others.items() if bytes_hash(e.read()) == row.sha256)
+        now = next((f"; {k} has its bytes: write that name into the list" for k in same), '')
+        raise StudyError(f"{path}: {row.file} is not in the input any more: put it back{now}")
+    if bytes_hash(here[2].read()) != row.sha256:
+        raise StudyError(f"{path}: {row.file} has other bytes than when it was listed: put the old file back")
+    if classes[here[1]] != row[2]:
+        raise StudyError(f"{path}: {row.file} is of class {classes[here[1]]!r}, and was listed as {row[2]!r}")
+    if here[0] != split: raise StudyError(f"{path}: {row.file} is in split {here[0]!r}, expected one of {split!r}")
+
+# %% ../nbs/00m_inputs.ipynb #48d821d6
+def take_listed(found: list,     # (split, label, Entry)
+                spec,            # ImagesSpec
+                classes: list,   # of the study
+                input_name: str, # what names of entries begin with
+                place            # (file of a list) -> its path
+               ) -> list:
+    "The images of lists moved to their splits; raises `StudyError` that names a file which is not as it was listed."
+    if not spec.list_files: return found
+    at = {same_letters(e.name.removeprefix(f'{input_name}/')): i for i, (_, _, e) in enumerate(found)}
+    tables, moved = {s: (place(f), read_list(place(f))) for s, f in spec.list_files.items()}, {}
+    listed = {f for _, t in tables.values() for f in t['file']}
+    others = {k: found[i] for k, i in at.items() if k not in listed}
+    for split, (path, t) in tables.items():
+        for row in t.itertuples():
+            i = at.get(row.file)
+            _one_of(path, row, None if i is None else found[i], others, classes, spec.hold_out_from)
+            if i in moved: raise StudyError(f"{path}: {row.file} is listed for {moved[i]!r}, too")
+            moved[i] = split
+    return in_order([(moved.get(i, s), y, e) for i, (s, y, e) in enumerate(found)], list(spec.list_files))
+
 
 # %% ../nbs/00m_inputs.ipynb #9a450ec4
 def hold_out(found: list,    # (split, label, Entry)
@@ -481,14 +603,15 @@ def hold_out(found: list,    # (split, label, Entry)
              name: str       # of the set
             ) -> list:
     "Images of one split moved to new ones."
-    if not spec.hold_out: return found
+    drawn = {s: n for s, n in spec.hold_out.items() if s not in spec.list_files}
+    if not drawn: return found
     pool = [i for i, (s, _, _) in enumerate(found) if s == spec.hold_out_from]
-    wanted = sum(spec.hold_out.values())
+    wanted = sum(drawn.values())
     if len(pool) < wanted:
         raise StudyError(f"set {name!r}: hold_out wants {wanted} images of split {spec.hold_out_from!r}, "
                          f"which has {len(pool)}")
     picked = iter(balanced_order([found[i][1] for i in pool], seed))
-    moved = {pool[next(picked)]: split for split, k in spec.hold_out.items() for _ in range(k)}
+    moved = {pool[next(picked)]: split for split, k in drawn.items() for _ in range(k)}
     for label in {found[i][1] for i in pool}-{found[i][1] for i in pool if i not in moved}:
         first = next(found[i][2] for i in pool if found[i][1] == label)
         n = sum(found[i][1] == label for i in pool)
@@ -508,7 +631,8 @@ def image_samples(found: list,    # (split, label, Entry)
         notes = []
         image = _sized(e.read(), size, channels, spec, e.name, limits, notes)
         _note_changes(left_out, e.name, notes)
-        yield dict(split=split, label=label, image=image, file=e.name)
+        more = dict(file_sha256=bytes_hash(e.read())) if spec.locked else {}
+        yield dict(split=split, label=label, image=image, file=e.name) | more
 
 def _note_changes(left_out, name, notes):
     "A row of left_out.csv for an image that is stored otherwise than it came."

@@ -6,20 +6,23 @@
 from __future__ import annotations
 import json, math, os, re, shutil, subprocess, sys, time, unicodedata
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .data import build_set
-from .inputs import all_files, same_letters
-from .pixels import IMAGE_TYPES, OTHER_TYPES, Limits
-from .price import of_question, price, question_rows, speeds_of
-from .shards import read_manifest, split_hash
+from .drawing import drawing_price
+from .inputs import SPLIT_NAMES, bytes_hash, check_above, files_below, list_hash, same_letters
+from .pixels import Limits, NearHashes, difference_hash
+from .price import STAGE_S, of_question, price, question_rows, speeds_of
+from .shards import balanced_order, file_names, load_set, read_manifest, split_hash
 from .study import Study, StudyError, file_sha256, package_root, write_atomic, write_csv
 
 # %% auto #0
-__all__ = ['pipeline', 'check_place', 'lay_out', 'Found', 'look_into', 'key_of', 'class_keys', 'ambiguous', 'set_aside',
+__all__ = ['pipeline', 'check_place', 'lay_out', 'key_of', 'class_keys', 'ambiguous', 'Found', 'look_into', 'set_aside',
            'sizes_of', 'Task', 'match_classes', 'backbone_entry', 'Plan', 'params_text', 'plans', 'affordable',
-           'lock_of', 'check_apart', 'audit', 'write_task', 'new_task']
+           'listed', 'lock_of', 'write_lists', 'check_apart', 'near_pairs', 'terms_of', 'licence_of', 'audit',
+           'write_task', 'new_task']
 
 # %% ../nbs/11_new.ipynb #4b23d774
 _IN_CLONE = '    deps: [params.yaml, "${root}/nbs", "${root}/synthscale"]\n'
@@ -70,60 +73,6 @@ def lay_out(folder,        # is made
     shutil.copytree(root/'.dvc'/'plots', folder/'.dvc'/'plots', dirs_exist_ok=True)
     return folder
 
-# %% ../nbs/11_new.ipynb #65287885
-_SPLITS = dict(train='train', training='train', val='val', valid='val', validation='val', dev='val', test='test',
-              testing='test')      # folders that are splits -> what they are called here
-
-@dataclass
-class Found:
-    "What lies in a folder of photographs."
-    folder: Path
-    classes: dict = field(default_factory=dict)      # folder of a class -> split -> images; without splits in train
-    splits: dict = field(default_factory=dict)       # folder of a split -> its name here; {}: there are no such folders
-    loose: list = field(default_factory=list)        # images that are in no folder of a class
-
-    def count(self,
-              split: str    # train, val or test
-             ) -> dict:
-        "Class -> images of a split."
-        return {c: n.get(split, 0) for c, n in self.classes.items()}
-
-def _is_image(name):
-    "Whether a file is an image by its name, and not one of those that other programs leave behind."
-    parts = name.split('/')
-    hidden = any(p.startswith(('.', '__MACOSX')) for p in parts)
-    return not hidden and parts[-1].rpartition('.')[2].lower() in {*IMAGE_TYPES, *OTHER_TYPES}
-
-def look_into(folder,                    # of photographs: CLASS/image, or SPLIT/CLASS/image; a folder or a zip
-              limits: Limits = Limits()  # what is too much in a zip
-             ) -> Found:
-    "Classes, splits and stray images of a folder; no image is read."
-    folder = Path(folder)
-    if not folder.exists(): raise StudyError(f"{folder}: no such folder")
-    parts = [same_letters(f).split('/') for f in all_files(folder, [], limits) if _is_image(f)]
-    if not parts: raise StudyError(f"{folder}: no image in it; expected a folder for each class with images in it")
-    deep = [p for p in parts if len(p) > 1]
-    tops = {p[0] for p in deep}
-    named = {t for t in tops if t.lower() in _SPLITS and any(p[0] == t and len(p) > 2 for p in deep)}
-    if named and named != tops:
-        splits, others = (', '.join(sorted(s)) for s in (named, tops-named))
-        raise StudyError(f"{folder}: {splits} hold folders of classes, and {others} lie beside them: expected folders "
-                         "of classes alone, or train, val and test alone")
-    split = bool(named)
-    out = Found(folder, splits={t: _SPLITS[t.lower()] for t in sorted(tops)} if split else {})
-    for p in parts:
-        if len(p) < 2+split:
-            out.loose.append('/'.join(p))
-            continue
-        at, label = (_SPLITS[p[0].lower()], p[1]) if split else ('train', p[0])
-        out.classes.setdefault(label, {}).setdefault(at, 0)
-        out.classes[label][at] += 1
-    out.classes = dict(sorted(out.classes.items()))
-    if not out.classes:
-        raise StudyError(f"{folder}: {len(parts)} images beside each other, such as {out.loose[0]}: which class they "
-                         "are of is not known; expected a folder for each class, with its images in it")
-    return out
-
 # %% ../nbs/11_new.ipynb #bc2baf2d
 def key_of(name: str    # a folder
           ) -> str:
@@ -153,6 +102,86 @@ def ambiguous(names: list    # of folders
         if plain and plain in seen:
             out.append((seen[plain], n))
         seen.setdefault(plain, n)
+    return out
+
+# %% ../nbs/11_new.ipynb #65287885
+@dataclass
+class Found:
+    "What lies in a folder of photographs."
+    folder: Path
+    classes: dict = field(default_factory=dict)      # folder of a class -> split -> images; without splits in train
+    splits: dict = field(default_factory=dict)       # folder of a split -> its name here; {}: there are no such folders
+    loose: list = field(default_factory=list)        # images that are in no folder of a class
+    inside: str = ''                                 # the one folder in it that all of that is in, such as pets
+    empty: list = field(default_factory=list)        # folders beside those of the classes, without an image
+
+    def count(self,
+              split: str    # train, val or test
+             ) -> dict:
+        "Class -> images of a split."
+        return {c: n.get(split, 0) for c, n in self.classes.items()}
+
+def _inside(parts, known):
+    "The folders that all images share and that are no class, because several folders of images are below them."
+    rest, out = parts, []
+    while True:
+        tops = {p[0] for p in rest if len(p) > 1}
+        top = next(iter(tops), '')
+        if len(tops) > 1 or top.lower() in SPLIT_NAMES: return out
+        if not tops or key_of(top).lower() in known: return []
+        rest = [p[1:] for p in rest if p[0] == top and len(p) > 1]
+        if 2*sum(len(p) > 1 for p in rest) < len(rest): return []        # one class, with some images in folders
+        out.append(top)
+
+def _empty(folder, tops):
+    "Folders at the place of classes that hold no image."
+    if not folder.is_dir(): return []
+    found = (same_letters(p.name) for p in folder.iterdir() if p.is_dir() and not p.name.startswith(('.', '__')))
+    return sorted({*found}-tops)
+
+def _layout(folder, parts):
+    "The folders of splits, {} where there are none."
+    tops = {p[0] for p in parts if len(p) > 1}
+    named = {t for t in tops if t.lower() in SPLIT_NAMES and any(p[0] == t and len(p) > 2 for p in parts)}
+    if named and named != tops:
+        splits, others = (', '.join(sorted(s)) for s in (named, tops-named))
+        raise StudyError(f"{folder}: {splits} hold folders of classes, and {others} lie beside them: expected folders "
+                         "of classes alone, or train, val and test alone")
+    if not named:
+        check_above([p for p in parts if len(p) > 1], folder)
+    return {t: SPLIT_NAMES[t.lower()] for t in sorted(named)}
+
+# %% ../nbs/11_new.ipynb #258d08b9
+def look_into(folder,                    # of photographs: CLASS/image, or SPLIT/CLASS/image; a folder or a zip
+              limits: Limits = Limits(), # what is too much in a zip
+              known=()                   # classes, as keys in lower case: a folder of that name is one, also if alone
+             ) -> Found:
+    """Classes, splits and stray images of a folder; no image is read. A folder that holds one with all the rest is that
+    one, and images in folders below a class belong to it, as the image set will have it."""
+    folder = Path(folder)
+    if not folder.exists(): raise StudyError(f"{folder}: no such folder")
+    parts = [same_letters(f).split('/') for f in files_below(folder, [], limits)]
+    if not parts: raise StudyError(f"{folder}: no image in it; expected a folder for each class with images in it")
+    above = _inside(parts, known)
+    k, place = len(above), folder.joinpath(*above)
+    rest = [p[k:] for p in parts if p[:k] == above and len(p) > k]
+    out = Found(folder, splits=_layout(place, rest), inside='/'.join(above))
+    out.loose = ['/'.join(p) for p in parts if p[:k] != above or len(p) == k]
+    split = bool(out.splits)
+    for p in rest:
+        if len(p) < 2+split:
+            out.loose.append('/'.join([*above, *p]))
+            continue
+        at, label = (SPLIT_NAMES[p[0].lower()], p[1]) if split else ('train', p[0])
+        out.classes.setdefault(label, {}).setdefault(at, 0)
+        out.classes[label][at] += 1
+    out.classes = dict(sorted(out.classes.items()))
+    out.empty = _empty(place, {p[0] for p in rest})
+    for s in out.splits:
+        out.empty += [f'{s}/{c}' for c in _empty(place/s, {p[1] for p in rest if p[0] == s and len(p) > 2})]
+    if not out.classes:
+        raise StudyError(f"{folder}: {len(parts)} images beside each other, such as {out.loose[0]}: which class they "
+                         "are of is not known; expected a folder for each class, with its images in it")
     return out
 
 # %% ../nbs/11_new.ipynb #b9062c56
@@ -186,6 +215,7 @@ class Task:
     test: Path = None            # others to test on, which then no photograph is taken out for
     ood: Path = None             # others from elsewhere: a second test
     candidates: list = field(default_factory=list)      # folders of generated images that exist already
+    models: list = field(default_factory=list)          # that more are drawn with: folders, or OWNER/NAME@COMMIT
     image_size: int = 32         # pixels per side that networks see
     minutes: float = 30.         # that everything together may take
     seeds: int = 3
@@ -197,6 +227,13 @@ class Task:
         named = dict(photos=self.images) | {k: v for k, v in (('own_test', self.test), ('elsewhere', self.ood)) if v}
         return named | dict(zip(self.candidate_names, self.candidates))
 
+    def look(self,
+             name: str    # of a set
+            ) -> Found:
+        "What lies in its folder."
+        if name == 'photos': return look_into(self.images)
+        return look_into(self.inputs[name], known={key_of(c).lower() for c in look_into(self.images).classes})
+
     @property
     def candidate_names(self) -> list:
         "The names of the sets of generated images, each its own."
@@ -207,11 +244,32 @@ class Task:
             used.add(out[-1].lower())
         return out
 
+    @cached_property
+    def drawn(self) -> list:
+        "The models that candidates are drawn with, as `drawing.Model`; the hub is asked once."
+        from synthscale.drawing import model_of
+        used, out = {n.lower() for n in self.candidate_names}, []
+        if len(self.models) > 3: raise StudyError.at('--model', f'{len(self.models)} of them', 'three at most: a pilot')
+        for given in self.models:
+            base = key_of(Path(given.partition('@')[0]).name) or 'model'
+            name = next(k for k in (base, *(f'{base}_{i}' for i in range(2, 1000))) if k.lower() not in used)
+            used.add(name.lower())
+            out.append(model_of(given, name))
+        return out
+
+    @property
+    def source_names(self) -> list:
+        "The names of the sources that are drawn: further sets of generated images, beside `candidate_names`."
+        if not self.models: return []
+        from synthscale.drawing import sources_of
+        return list(sources_of(self.drawn))
+
     @property
     def root(self) -> Path:
         "The folder that all inputs are in."
         return Path(os.path.commonpath([Path(p).resolve().parent for p in self.inputs.values()]))
 
+# %% ../nbs/11_new.ipynb #7b3882a1
 def _flow(value):
     "A value as YAML on one line: plain words as they are, others as JSON writes them."
     if isinstance(value, dict): return '{'+', '.join(f'{_flow(k)}: {_flow(v)}' for k, v in value.items())+'}'
@@ -229,7 +287,7 @@ def match_classes(task: Task,     # what was asked for
     known, out = {k: v for k, v in zip(keys, classes.values()) if k and keys.count(k) == 1}, {}
     for name, folder in task.inputs.items():
         if name == 'photos': continue
-        found = list(look_into(folder).classes)
+        found = list(task.look(name).classes)
         out[name] = {c: classes.get(c, known.get(key_of(c).lower())) for c in found}
         lost = [c for c, k in out[name].items() if k is None]
         if name in task.candidate_names and len(lost) < len(found): continue
@@ -269,12 +327,13 @@ def backbone_entry(text: str,   # FILE=ARCHITECTURE or timm/NAME.TAG@COMMIT
 class Plan:
     "What is trained: chosen so that it fits into the minutes."
     classes: dict                # folder of the photographs -> class
-    aside: dict = field(default_factory=dict)        # split -> images of each class
+    lists: dict = field(default_factory=dict)        # split that is set aside -> file that lists its images
     locked: dict = field(default_factory=dict)       # set -> split -> hash
     balance: str = 'equal'       # own: classes are of unequal size
     n_train: int = 0
     made: dict = field(default_factory=dict)         # candidate -> images
     odd: dict = field(default_factory=dict)          # set -> folder of a class -> class here, None: it is left out
+    n_drawn: int = 100           # images of each source that a model draws
     channels: int = 3
     shown: int = 12000           # samples_seen_at_100
     seeds: int = 3
@@ -310,16 +369,22 @@ class Plan:
 def _set_line(task, plan, name):
     "An image set in params.yaml."
     said = {'photos': 'your photographs', 'own_test': 'yours to test on', 'elsewhere': 'from elsewhere, to test on'}
-    spec = dict(type='imagefolder', input=os.path.relpath(Path(task.inputs[name]).resolve(), task.root))
-    found = look_into(task.inputs[name])
+    found = task.look(name)
+    folder = Path(task.inputs[name]).resolve()
+    if found.inside and folder.is_file():                     # nothing is unpacked: a pattern goes down in a zip
+        above = '[^/]+/'*len(found.inside.split('/'))
+        pattern = f"{above}{'(?P<split>[^/]+)/' if found.splits else ''}(?P<class>[^/]+)/.+"
+        spec = dict(type='files', input=os.path.relpath(folder, task.root), pattern=pattern)
+    else:
+        spec = dict(type='imagefolder', input=os.path.relpath(folder/found.inside, task.root))
     named = {c: k for c, k in (plan.classes | plan.odd.get(name, {})).items() if c in found.classes}
     if any(c != k for c, k in named.items()):
         spec['classes'] = named
     if name == 'photos':
         if found.splits:
             spec['splits'] = found.splits
-        if plan.aside:
-            spec['hold_out'] = {s: k*len(plan.classes) for s, k in plan.aside.items()}
+        if plan.lists:
+            spec['hold_out'] = plan.lists
     elif name in ('own_test', 'elsewhere'):
         to = 'test' if name == 'own_test' else 'ood'
         spec['splits'] = {s: to for s in found.splits or ['train']}
@@ -331,12 +396,24 @@ def _set_line(task, plan, name):
         spec['locked'] = plan.locked[name]
     if {*plan.classes.values()} - {*named.values()}:
         spec['fewer_classes'] = True
-    spec |= dict(unreadable='skip', duplicates='drop', max_left_out=.9)
+    spec |= dict(unreadable='skip', duplicates='near' if 'hold_out' in spec else 'drop', max_left_out=.9)
     return f"    {name}: {_flow(spec)}      # {said.get(name, 'generated images')}"
 
 def _lines(texts):
     "Several lines as one text."
     return '\n'.join(texts)
+
+# %% ../nbs/11_new.ipynb #d9633ec1
+def _model_lines(task, plan):
+    "The sections models, prompts and generate of params.yaml."
+    own = [f"  backbone: {_flow(plan.backbone)}"] if plan.backbone else []
+    if not task.models: return [*(['models:', *own, ''] if own else []), 'generate: {sources: {}}']
+    import torch
+    from synthscale.drawing import drawing_lines
+    gpu = torch.cuda.is_available()
+    how = (16,) if gpu else (4, 'float32')
+    first, *rest = drawing_lines(task.drawn, Path(task.folder).resolve(), plan.classes, plan.n_drawn, *how)
+    return [first, *own, *rest]
 
 def _curves(task, plan):
     "The curves in params.yaml, one a line."
@@ -344,9 +421,9 @@ def _curves(task, plan):
 
 def _question(task, plan):
     "The question in params.yaml, one line a key."
-    made = [n for n in task.candidate_names if plan.added(n)]
     n, test = plan.sizes[-1], 'test'
-    more = sorted({plan.added(c) for c in made if plan.added(c) > n})
+    sizes = {c: plan.added(c) for c in task.candidate_names} | {c: plan.n_drawn for c in task.source_names}
+    made, more = [c for c, k in sizes.items() if k], sorted({k for k in sizes.values() if k > n})
     lines = [('photos', 'photos', ''), ('candidates', made, 'of generated images'),
              ('recipes', plan.recipes, 'the best on the photographs alone is used'),
              ('test_split', test, 'read once, for the verdict'), ('n_photos', plan.sizes, 'your own curve'),
@@ -384,9 +461,6 @@ def _recipe(task, plan, name):
                    optimizer=adamw | dict(weight_decay=.05)) | varied
     return f"  {name}: {_flow(of)}      # {_ABOUT[name]}"
 
-def _models(plan):
-    "The section models, where there is one."
-    return f"models:\n  backbone: {_flow(plan.backbone)}\n\n" if plan.backbone else ''
 
 # %% ../nbs/11_new.ipynb #37571ebb
 def params_text(task: Task,  # what was asked for
@@ -409,9 +483,9 @@ data:
   sets:                        # damaged images and repeats are left out: runs/data/NAME/left_out.csv
 {_lines(_set_line(task, plan, n) for n in task.inputs)}
 
-generate: {{sources: {{}}}}
+{_lines(_model_lines(task, plan))}
 
-{_models(plan)}recipes:      # samples_seen_at_100: images shown at 100 photographs, as the minutes allow
+recipes:      # samples_seen_at_100: images shown at 100 photographs, as the minutes allow
 {_lines(_recipe(task, plan, r) for r in plan.recipes)}
 
 classify:
@@ -427,12 +501,8 @@ your_task:                     # would generated images help? The answer: result
   decision:
 {_lines(_question(task, plan))}
 
-laws:
-  metric: loss_calibrated      # cross-entropy after one temperature, found on the split val
-
-report:
-  scaling: [photos]
-  samples: {_flow(["photos", *task.candidate_names])}
+laws: {{metric: loss_calibrated}}      # cross-entropy after one temperature, found on the split val
+report: {{scaling: [photos], samples: {_flow(["photos", *task.candidate_names])}}}
 """
 
 # %% ../nbs/11_new.ipynb #239efeff
@@ -453,7 +523,8 @@ def _anchor_minutes(study, speeds):
 
 def affordable(task: Task,        # what was asked for
                plan: Plan,        # as far as it follows from the photographs
-               built_s: float     # seconds that the image sets took
+               built_s: float,    # seconds that the image sets took
+               drawn: dict = None # source -> seconds for an image that it draws, None: not known
               ):                  # the plan, its price
     "The dearest plan that fits into the minutes; raises `StudyError` that says how many the cheapest one needs."
     speeds, least = None, None
@@ -467,13 +538,14 @@ def affordable(task: Task,        # what was asked for
                 write_atomic(Path(task.folder)/'params.yaml', params_text(task, p))
                 study = Study(task.folder)
         table = price(study, speeds, built_s)
+        table = pd.concat([table, pd.DataFrame(drawing_price(study, drawn or {}, STAGE_S))], ignore_index=True)
         least = table.minutes.sum()/_MARGIN
         if least > task.minutes: continue
         p.minutes = round(.9*task.minutes-table.minutes[~of_question(table)].sum(), 1)
         write_atomic(Path(task.folder)/'params.yaml', params_text(task, p))
         return p, table
     raise StudyError(f'the cheapest plan takes {math.ceil(least)} minutes on this machine, and --budget is '
-                     f'{task.minutes:g}m: allow more, or a smaller --image-size, or fewer --candidates')
+                     f'{task.minutes:g}m: allow more, or a smaller --image-size, or fewer --candidates and --model')
 
 # %% ../nbs/11_new.ipynb #752c6157
 def _usable(study, name, split='train'):
@@ -486,12 +558,37 @@ def _is_grey(study):
     from synthscale.shards import load_set
     return all((a[..., :1] == a).all() for n in study.data.sets for a in load_set(study.set_dir(n)).images)
 
+def listed(study: Study,         # with its sets made
+           name: str = 'photos', # of a set
+           rows=None             # of its manifest; all
+          ) -> pd.DataFrame:     # file, class, split, file_sha256
+    "The files that images are made of, by their names inside the input, and the hashes of their bytes."
+    path = study.path(study.data.root, study.data.sets[name].input)
+    m, files = read_manifest(study.set_dir(name)) if rows is None else rows, files_below(path)
+    out = m[['file', 'class', 'split']].assign(file=m['file'].str.removeprefix(f'{path.name}/'))
+    return out.assign(file_sha256=[bytes_hash(files[f]()) for f in out['file']]).sort_values('file', ignore_index=True)
+
 def lock_of(study: Study,         # with its sets made
             name: str = 'photos', # of a set
             split: str = 'test'   # of it
            ) -> str:
-    "A hash of the images of a split, whatever their order."
-    return split_hash(read_manifest(study.set_dir(name)), split)
+    "A hash of the files of a split and their classes, whatever their order."
+    m = read_manifest(study.set_dir(name))
+    return split_hash(listed(study, name, m[m.split == split]), split)
+
+def write_lists(study: Study,  # with its sets made
+                aside: dict    # split -> images of each class to be set aside
+               ) -> dict:      # split -> file that lists its images
+    "Draw photographs to test on and to select on, as many of each class, and write down which."
+    m, out = read_manifest(study.set_dir('photos')), {}
+    m = m[m.split == 'train'].reset_index(drop=True)
+    picked = iter(balanced_order(m.label, study.seed('split', 'photos')))
+    for split, k in aside.items():
+        rows = m.iloc[[next(picked) for _ in range(k*len(study.study.classes))]].assign(split=split)
+        out[split] = f'locked/photos_{split}.csv'
+        t = listed(study, 'photos', rows).rename(columns=dict(file_sha256='sha256'))
+        write_csv(study.path(out[split]), t[['file', 'class', 'sha256']])
+    return out
 
 def check_apart(study: Study    # with its sets made
                ):
@@ -505,11 +602,85 @@ def check_apart(study: Study    # with its sets made
     raise StudyError(f"{len(both)} images to train on are also images to test or to select on, such as {first['file']} "
                      f"({first['set']}) and {other['file']} ({other['set']}): take them out of one of the folders")
 
-# %% ../nbs/11_new.ipynb #bb5a9ae9
-_SAID = dict(damaged='not a readable image', repeats='the same pixels')
+# %% ../nbs/11_new.ipynb #df45fc09
+_ROLES = dict(test='test', ood='test', val='val', train='train')      # split -> what its images are for
+_PAIRS = ['set', 'split', 'file', 'role', 'near_set', 'near_split', 'near_file', 'bits']      # of audit_copies.csv
 
-def audit(study: Study    # with its sets made
-         ) -> pd.DataFrame:     # set, class, one column for each split, damaged and repeats of the whole set
+def _looks(study, name):
+    "The manifest of a set with the difference hash of each image; large images are read one at a time."
+    s = load_set(study.set_dir(name), lazy=study.data.image_size >= 64)
+    m = s.manifest
+    return m.assign(set=name, look=[difference_hash([a])[0] for a in s.images], shown=file_names(m))
+
+def _near(rows, others, bits):
+    "The rows (dicts) that look like one of others (a table), each with the nearest."
+    index = NearHashes(bits)
+    for r in others.itertuples():
+        index.add(r.look, r)
+    for r in rows.itertuples():
+        if found := index.nearest(r.look):
+            o, d = found
+            yield dict(zip(_PAIRS, (r.set, r.split, r.shown, _ROLES[o.split], o.set, o.split, o.shown, d)))
+
+def near_pairs(study: Study    # with its sets made
+              ) -> pd.DataFrame:     # `_PAIRS`; role: what the image that it looks like is for
+    "Images of one set that look like images of another: what is trained on, and what is tested or selected on."
+    data, bits, out = study.data, study.data.near_bits, []
+    every = pd.concat([_looks(study, n) for n in data.sets], ignore_index=True)
+    every['role'], made = every.split.map(_ROLES), every['set'].map(lambda n: data.sets[n].is_synthetic)
+    for name, rows in every.groupby('set', sort=False):
+        for role in ('test', 'val', 'train'):
+            mine = 'train' if role != 'train' or made[rows.index[0]] else 'test'
+            others = every[~made & (every.role == role) & (every['set'] != name)]
+            out += _near(rows[rows.role == mine], others, bits)
+    return pd.DataFrame(out, columns=_PAIRS)
+
+def _say_near(study, pairs):
+    "What looks like a photograph that is tested, selected or trained on."
+    for (name, role), rows in pairs.groupby(['set', 'role'], sort=False):
+        if role == 'train' and not study.data.sets[name].is_synthetic: continue        # said of the photographs already
+        to = dict(test='test on', val='select on', train='train on')[role]
+        two = '; '.join(f'{r.file} and {r.near_file}' for r in rows.head(2).itertuples())
+        made = study.data.sets[name].is_synthetic
+        what = f"{'' if made else 'warning: '}{len(rows)} {'generated images' if made else 'photographs to train on'}"
+        print(f'{name}: {what} look like photographs to {to}, such as {two} (audit_copies.csv)')
+
+
+# %% ../nbs/11_new.ipynb #4d6ca9f7
+_TERMS = re.compile(r'(LICEN[CS]E|COPYING|README|TERMS)([._-].*)?', re.IGNORECASE)
+
+def terms_of(folder    # of images, or a zip
+            ) -> list: # paths
+    "Files that may say under which terms a set of images can be used: in its folder, or in the one above."
+    folder = Path(folder).resolve()
+    places = [p for p in (folder, folder.parent) if p.is_dir()]
+    return [f for p in places for f in sorted(p.iterdir()) if _TERMS.fullmatch(f.name) and f.is_file()]
+
+def _say_terms(task, study):
+    "The files beside each input that may say its terms, and the licences of models."
+    for name, folder in task.inputs.items():
+        found = terms_of(folder)
+        said = ', '.join(os.path.relpath(f, Path(folder).resolve().parent) for f in found)
+        print(f"{name}: {'its terms may be in '+said if said else 'no file beside it states terms of use'}")
+    for name, spec in study.models.items():
+        said = getattr(spec, 'licence', '') or (spec.type == 'local' and licence_of(study.path(spec.input)))
+        print(f"models.{name}: {'licence '+said if said else 'its licence is not stated here'}")
+
+def licence_of(folder    # of a model
+              ) -> str:  # '' where nothing there says so
+    "The licence that the folder of a model states in the head of its README.md, as the hub has it."
+    card = Path(folder)/'README.md'
+    head = re.match(r'---\n(.*?)\n---', card.read_text(errors='replace'), re.S) if card.is_file() else None
+    found = re.search(r'^license(?:_name)?:\s*(\S+)', head[1], re.M) if head else None
+    return found[1] if found else ''
+
+
+# %% ../nbs/11_new.ipynb #bb5a9ae9
+_SAID = dict(damaged='not a readable image', repeats='the same pixels', like_a_test='it looks like')
+
+def audit(study: Study,         # with its sets made
+          pairs: pd.DataFrame   # as `near_pairs` finds them
+         ) -> pd.DataFrame:     # set, class, one column for each split; of the whole set what was left out, too
     "What is in the image sets: usable images of each class, and what was left out."
     rows = []
     for name in study.data.sets:
@@ -520,23 +691,35 @@ def audit(study: Study    # with its sets made
         notes = {k: int(reasons.str.contains(words).sum()) for k, words in _SAID.items()}
         notes |= dict(other=len(reasons)-sum(notes.values()))
         notes |= dict(near_copies=len(pd.read_csv(near)) if near.exists() else 0)
+        alike = pairs[pairs['set'] == name].role
+        notes |= {f'near_{r}': int((alike == r).sum()) for r in ('test', 'val', 'train')}
         counts = m.groupby(['class', 'split']).size().unstack(fill_value=0)
         rows += [dict(set=name, **{'class': c}, **{s: int(v) for s, v in r.items()}) for c, r in counts.iterrows()]
         rows.append(dict(set=name, **{'class': 'all'}, **{s: int(v) for s, v in counts.sum().items()}, **notes))
     return pd.DataFrame(rows).convert_dtypes()
 
-def _plan(task, study, classes, odd):
-    "What follows from the image sets as they are."
-    found, counts = look_into(task.images), _usable(study, 'photos')
-    has = tuple({*found.splits.values()} | ({'test'} if task.test else set()))
-    aside = set_aside(counts, has)
-    left = {c: n-sum(aside.values()) for c, n in counts.items()}
+def _set_aside(task, study, plan):
+    "The plan with lists of what is set aside and with the number of channels; params.yaml has them."
+    has = tuple({*look_into(task.images).splits.values()} | ({'test'} if task.test else set()))
+    plan.lists = write_lists(study, set_aside(_usable(study, 'photos'), has))
+    plan.channels = 1 if _is_grey(study) else 3
+    plan.locked = dict(photos={s: list_hash(study.path(f), s) for s, f in plan.lists.items()}) if plan.lists else {}
+    write_atomic(study.path('params.yaml'), params_text(task, plan))
+    return plan
+
+def _sizes(task, study, plan):
+    "The plan with numbers of images, as the image sets have them."
+    left = _usable(study, 'photos')
     made = {n: _usable(study, n) for n in task.candidate_names}
+    name, n = min(left.items(), key=lambda kv: kv[1])
+    if n < _LEAST['train']:
+        raise StudyError(f"class {name!r} has {n} images to train on that do not look like one that is set aside, "
+                         f"expected at least {_LEAST['train']}: add photographs of it, or leave its folder out")
     uneven = max(left.values()) > 1.2*min(left.values()) or any(min(m.values()) == 0 for m in made.values())
     def total(counts):
         return sum(counts.values()) if uneven else min(counts.values())*len(counts)
-    return Plan(classes, aside, {}, 'own' if uneven else 'equal', total(left), {n: total(m) for n, m in made.items()},
-                odd, 1 if _is_grey(study) else 3, seeds=task.seeds)
+    plan.balance, plan.n_train = 'own' if uneven else 'equal', total(left)
+    plan.made = {n: total(m) for n, m in made.items()}
 
 # %% ../nbs/11_new.ipynb #f180a7ea
 def _build(study):
@@ -554,6 +737,37 @@ def _check_disk(folder, study):
         raise StudyError(f"{folder}: {free/1e9:.1f} GB are free on this disk, and the study needs about {need/1e9:.1f}")
     return need
 
+# %% ../nbs/11_new.ipynb #8e171953
+_DRAWING = .5      # of the minutes at most are for drawing
+
+def _pilot(task, study, plan):
+    "Seconds for an image of each source, None where its model is not here; the plan gets how many each one draws."
+    if not task.models: return {}
+    from synthscale.drawing import draw_seconds
+    folders = {m.name: m.folder for m in task.drawn}
+    models = {n: s.model for n, s in study.generate.sources.items()}
+    each = {n: draw_seconds(study, n, folders[m]) if folders[m] else None for n, m in models.items()}
+    step, seconds = len(plan.classes), sum(s for s in each.values() if s)
+    fits = 60*task.minutes*_MARGIN*_DRAWING/seconds if seconds else float('inf')
+    plan.n_drawn = int(min(4*plan.n_train, fits))//step*step
+    if plan.n_drawn < 2*step:
+        raise StudyError(f"drawing two images of each class takes {math.ceil(2*step*seconds/60)} minutes with "
+                         f"{len(models)} sources on this machine, and --budget is {task.minutes:g}m, half of it for "
+                         "drawing: allow more, or fewer --model, or a machine with a GPU")
+    return each
+
+def _say_drawn(task, plan):
+    "What is drawn, and what is not known of it."
+    for m in task.drawn:
+        if m.folder: continue
+        size = 'of unknown size' if m.size is None else f'{m.size/1e9:.1f} GB'
+        print(f'models.{m.name}: {m.repo}@{m.revision[:12]} ({size}) is fetched by dvc repro; how fast it draws is not '
+              'known before, and the minutes are without it: `synthscale plan` measures it then')
+    if task.models:
+        print(f"{len(task.source_names)} sources of {plan.n_drawn} images each are drawn, a pilot: "
+              f"{', '.join(task.source_names)}")
+
+# %% ../nbs/11_new.ipynb #63af6d3c
 def write_task(task: Task    # what was asked for; its folder is laid out
               ):             # the study, its plan, its price
     "Look at the images, set some aside, and plan what fits into the minutes."
@@ -563,19 +777,22 @@ def write_task(task: Task    # what was asked for; its folder is laid out
                          "expected a folder for each of several classes")
     classes = class_keys(list(found.classes))
     odd = match_classes(task, classes)
-    write_atomic(Path(task.folder)/'params.yaml', params_text(task, Plan(classes, odd=odd, n_train=100*len(classes))))
+    plan = Plan(classes, odd=odd, n_train=100*len(classes), seeds=task.seeds)
+    write_atomic(Path(task.folder)/'params.yaml', params_text(task, plan))
     study = Study(task.folder)
     _build(study)
-    plan = _plan(task, study, classes, odd)
-    write_atomic(study.path('params.yaml'), params_text(task, plan))
+    plan = _set_aside(task, study, plan)
     study = Study(task.folder)
     built_s = _build(study)
     check_apart(study)
-    plan.locked = {n: {s: lock_of(study, n, s)} for n, s in
-                   (('own_test' if task.test else 'photos', 'test'), ('elsewhere', 'ood')) if n in study.data.sets}
+    _sizes(task, study, plan)
+    for n, s in (('own_test' if task.test else 'photos', 'test'), ('elsewhere', 'ood')):
+        if n in study.data.sets and s not in plan.lists:
+            plan.locked.setdefault(n, {})[s] = lock_of(study, n, s)
     if task.backbone:
         plan.backbone = backbone_entry(task.backbone, task.folder)
-    plan, table = affordable(task, plan, built_s)
+    drawn = _pilot(task, study, plan)
+    plan, table = affordable(task, plan, built_s, drawn)
     return Study(task.folder), plan, table
 
 # %% ../nbs/11_new.ipynb #d7a07ba9
@@ -592,6 +809,20 @@ def _check_inputs(task, folder):
             raise StudyError(f"{p} ({n}) lies inside {places[inside]} ({inside}): its images would be taken for both; "
                              "move it beside it")
 
+def _say_layout(task):
+    "What is in the folders that is not taken, or taken otherwise than one might think."
+    for name in task.inputs:
+        found = task.look(name)
+        if found.inside:
+            print(f'{name}: all images are in {found.folder.name}/{found.inside}, so the classes are the folders there')
+        if found.empty:
+            print(f"{name}: no image in {', '.join(found.empty[:9])}{' ...' if len(found.empty) > 9 else ''}, so "
+                  f"{'it is no class' if len(found.empty) == 1 else 'they are no classes'}")
+        if found.loose:
+            print(f'{name}: {len(found.loose)} images lie outside the folders of the classes and are not used, such as '
+                  f'{found.loose[0]}')
+
+# %% ../nbs/11_new.ipynb #097fecdc
 def new_task(task: Task    # what is asked for
             ) -> Study:
     """Write a study of one's own photographs, and say what is in them and what it costs; of one that fails nothing
@@ -615,16 +846,20 @@ def new_task(task: Task    # what is asked for
             said = (e.stderr or b'').decode()[-300:]
             raise StudyError(f"{folder}: {' '.join(map(str, e.cmd))} failed: {said}") from None
         raise
-    looked = audit(study)
+    pairs = near_pairs(study)
+    looked = audit(study, pairs)
+    if len(pairs):
+        write_csv(folder/'audit_copies.csv', pairs)
     write_csv(folder/'audit.csv', looked)
     write_csv(folder/'price.csv', table)
     for a, b in ambiguous(list(found.classes)):
         print(f"{a!r} and {b!r} are two classes whose names differ by capitals or signs alone")
-    if found.loose:
-        print(f'{len(found.loose)} images lie outside the folders of the classes and are not used, such as '
-              f'{found.loose[0]}')
+    _say_layout(task)
+    _say_terms(task, study)
+    _say_near(study, pairs)
+    _say_drawn(task, plan)
     whole = looked[looked['class'] == 'all'].set_index('set')
-    lost = whole[['damaged', 'repeats', 'other']].sum(axis=1)
+    lost = whole[[*_SAID, 'other']].sum(axis=1)
     for n in lost[lost > .1*(lost+whole[[s for s in ('train', 'val', 'test', 'ood') if s in whole]].sum(axis=1))].index:
         print(f"{n}: {lost[n]} images are left out, more than a tenth; runs/data/{n}/left_out.csv says why "
               "(transparent ones need `background: white` in params.yaml)")

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 import pandas as pd
 from .inputs import (Entry, PairsSpec, _bytes_of, _shards_of, all_files, files_below, hold_out, hub_splits,
-                             image_samples, same_letters, translate, usable)
+                             image_samples, same_letters, take_listed, translate,
+                               usable)
 from .pixels import IMAGE_TYPES, Limits, check_archive
 from .shards import caption_lines
 from .study import Study, StudyError, nearest
@@ -478,7 +479,8 @@ def pair_samples(study: Study,   # the study
     if not pairs: raise StudyError(f"set {name!r}: {path} has no pair of an image and a caption")
     found = translate(pairs, spec, study.study.classes, name, left_out)
     try:
-        found = usable(found, spec, size, ch, left_out, limits)
+        found = take_listed(found, spec, study.study.classes, Path(path).name, study.path)
+        found = usable(found, spec, size, ch, left_out, limits, study.data.near_bits)
     except StudyError as e:
         raise StudyError(f"set {name!r}: {e}") from None
     kept = hold_out(found, spec, study.seed('split', name), name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json, re, string
 from pydantic import BaseModel, TypeAdapter
 from .curves import is_synthetic, scored_sets
-from .inputs import HubImagesSpec, ImagesSpec, PairsSpec, TilesSpec
+from .inputs import HubImagesSpec, ImagesSpec, PairsSpec, TilesSpec, list_hash
 from .study_curves import curves_of
 from .damage import damaged_pairs
 from .data import DigitsSpec, MnistDigitsSpec, RenderedDigitsSpec, damage_of
@@ -191,6 +191,17 @@ def _check_pattern(c, key, pattern):
         return
     c.unless('class' in groups, key, pattern, 'a group (?P<class>...)')
 
+def _check_lists(c, key, spec):
+    "Lists of images are there, and each has its hash under `locked`, by which DVC knows that a list was changed."
+    for split, file in spec.list_files.items():
+        try:
+            now = list_hash(c.study.path(file), split)
+        except StudyError as e:
+            c.say(f'{key}.hold_out.{split}: {e}')
+            continue
+        c.unless(spec.locked.get(split) == now, f'{key}.locked.{split}', spec.locked.get(split),
+                 f'{now}, the hash of {file}: another list is another test')
+
 def _check_images(c):
     "Maps of classes and splits name what exists, patterns have their groups, sets of the hub their commit."
     classes = c.study.study.classes
@@ -204,6 +215,7 @@ def _check_images(c):
         if lost:
             c.say(f"{key}.classes leads nothing to class {lost[0]!r} ({len(lost)} such classes): expected every class "
                   "of the study, or fewer_classes: true for a test set of some of them")
+        _check_lists(c, key, s)
         _check_pattern(c, f'{key}.pattern', getattr(s, 'pattern', ''))
         for k, found, expected in pairs_faults(s) if isinstance(s, PairsSpec) else ():
             c.unless(False, f'{key}.{k}', found, expected)

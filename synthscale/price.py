@@ -13,7 +13,8 @@ from .shards import read_manifest
 from .study import Study
 
 # %% auto #0
-__all__ = ['seconds_per_image', 'feature_seconds', 'speeds_of', 'side_by_side', 'question_rows', 'price', 'of_question']
+__all__ = ['STAGE_S', 'seconds_per_image', 'feature_seconds', 'speeds_of', 'side_by_side', 'question_rows', 'price',
+           'of_question']
 
 # %% ../nbs/11a_price.ipynb #48c73e30
 def _first_net(study, recipe):
@@ -85,7 +86,7 @@ def speeds_of(study: Study    # with its params.yaml as planned
     return out
 
 # %% ../nbs/11a_price.ipynb #f57890f7
-_STAGE_S = 8.        # seconds that a stage takes whatever it does: a kernel, and imports of torch
+STAGE_S = 8.        # seconds that a stage takes whatever it does: a kernel, and imports of torch
 _TABLES_S = 60.      # results, laws and report
 
 def side_by_side(each: list,     # seconds of each run
@@ -127,16 +128,16 @@ def price(study: Study,        # with its params.yaml as planned, its sets made
         points = curve_points(c, study.classify.compute_seeds)
         each = [samples_of(study.recipes[p.recipe], p) for p in points]
         seconds = side_by_side([e*speeds[c.recipe] for e in each], workers)
-        rows.append(dict(what=f'curve {name}', runs=len(points), images_shown=sum(each), seconds=seconds+_STAGE_S))
+        rows.append(dict(what=f'curve {name}', runs=len(points), images_shown=sum(each), seconds=seconds+STAGE_S))
     for name in study.your_task:
         found = question_rows(study, name, speeds)
-        found[0]['seconds'] += _STAGE_S
+        found[0]['seconds'] += STAGE_S
         rows += found
     images = sum(len(read_manifest(study.set_dir(s))) for s in study.data.sets if study.set_dir(s).exists())
     for r, s in ((r, s) for (r, *of), s in ((k if isinstance(k, tuple) else (k,), v) for k, v in speeds.items()) if of):
         rows.append(dict(what=f'features, {r}', runs=1, images_shown=images, seconds=images*s/workers))
     rows.append(dict(what='image sets', runs=len(study.data.sets), images_shown=0,
-                     seconds=built_s+_STAGE_S*len(study.data.sets)))
+                     seconds=built_s+STAGE_S*len(study.data.sets)))
     rows.append(dict(what='tables and figures', runs=3, images_shown=0, seconds=_TABLES_S))
     out = pd.DataFrame(rows)
     return out.assign(minutes=out.seconds/60).drop(columns='seconds')

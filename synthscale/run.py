@@ -597,7 +597,7 @@ def _add_new(tool):
     def run(a):
         from synthscale.new import Task, new_task
         new_task(Task(Path(a.folder), Path(a.images), a.test and Path(a.test), a.ood and Path(a.ood),
-                      [Path(c) for c in a.candidates], a.image_size, a.budget, a.seeds, a.backbone))
+                      [Path(c) for c in a.candidates], a.model, a.image_size, a.budget, a.seeds, a.backbone))
     one = tool('new', "a study of your own photographs, anywhere: what is in them, a plan and its price", run)
     one.add_argument('folder', help='of the study; it is made')
     one.add_argument('--images', required=True, metavar='DIR', help='photographs, in one folder per class')
@@ -607,6 +607,8 @@ def _add_new(tool):
                      help='generated images that exist already; may be repeated')
     one.add_argument('--backbone', default='', metavar='FILE=ARCH',
                      help='a pretrained network: FILE=ARCHITECTURE of timm, or timm/NAME.TAG@COMMIT of the hub')
+    one.add_argument('--model', action='append', default=[], metavar='MODEL',
+                     help='draws more of them: a folder, or OWNER/NAME@COMMIT of the hub; may be repeated')
     one.add_argument('--image-size', type=_at_least_1, default=32, metavar='N',
                      help='pixels per side (default: %(default)s)')
     one.add_argument('--budget', type=_minutes, default=30., metavar='TIME', help='90s, 30m, 2h (default: 30m)')

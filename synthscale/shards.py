@@ -628,21 +628,21 @@ def file_names(m: pd.DataFrame   # rows of a manifest
 def split_hash(m: pd.DataFrame,   # manifest
                split: str         # of it
               ) -> str:
-    "A hash of the images of a split, in whatever order they are."
+    "A hash of the images of a split and their classes, in whatever order they are: of the bytes of their files."
     rows = m[m.split == split]
-    return hashlib.sha256(json.dumps(sorted(zip(rows.sha256, rows.label.tolist()))).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sorted(zip(rows.file_sha256, rows['class']))).encode()).hexdigest()
 
 def check_locked(m: pd.DataFrame,  # manifest
                  name: str,        # of the set
                  locked: dict      # split -> hash of its images, as it was written down
                 ):
-    "Raise `StudyError` where a split has other images, or other labels, than when it was locked."
+    "Raise `StudyError` where a split has other images, or other classes, than when it was locked."
     for split, then in locked.items():
         if split_hash(m, split) == then: continue
-        raise StudyError(f"data.sets.{name}.locked: split {split!r} has other images or labels than when it was locked "
-                         f"({(m.split == split).sum()} images now). Files that were added, removed or changed do that, "
-                         "another image_size or number of channels, too. Undo it, or, if you mean it, take the lock "
-                         "out: what was measured before is then of another test")
+        raise StudyError(f"data.sets.{name}.locked: split {split!r} has other images or classes than when it was "
+                         f"locked ({(m.split == split).sum()} images now). Files that were added, removed or changed "
+                         "do that. Undo it, or, if you mean it, take the lock out: what was measured before is then of "
+                         "another test")
 
 # %% ../nbs/00c_shards.ipynb #e61bcafa
 def check_set(m: pd.DataFrame,    # manifest

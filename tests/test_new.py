@@ -1,14 +1,20 @@
 "A study of one's own photographs: what is refused, what is set aside, and that nothing stays of what fails."
 import json, shutil, zipfile, zlib
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+from threading import Thread
+import numpy as np, pandas as pd, pytest, timm, torch
 from conftest import ROOT, edit, ran, sh
 from hypothesis import given, strategies as st
 from PIL import Image
+from synthscale.data import build_set
+from synthscale.drawing import model_of
+from synthscale.inputs import folder_entries
 from synthscale.new import (Plan, Task, class_keys, look_into, match_classes, new_task, params_text, pipeline,
                             set_aside, sizes_of)
 from synthscale.params import problems
+from synthscale.price import seconds_per_image
 from synthscale.shards import read_manifest
 from synthscale.study import Key, Study, StudyError
 from pydantic import TypeAdapter
@@ -25,6 +31,20 @@ def photos(folder, **classes):
         for i in range(n):
             photo(folder/c/f'{folder.name}{i}.png')
     return folder
+
+@pytest.fixture(autouse=True, scope='module')
+def measured_once():
+    "The speed of training is measured once: it takes seconds, and is the same for all these studies."
+    known = {}
+    def measured(study, recipe):
+        d = study.data
+        key = repr((study.recipes[recipe].decisive, d.image_size, d.channels, len(study.study.classes)))
+        if key not in known:
+            known[key] = seconds_per_image(study, recipe)
+        return known[key]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('synthscale.price.seconds_per_image', measured)
+        yield
 
 @pytest.fixture(scope='module')
 def here(tmp_path_factory):
@@ -100,8 +120,12 @@ def test_a_plan_is_a_study_that_checks(here, tmp_path, more, expected):
     assert pd.read_csv(study.dir/'price.csv').minutes.sum() <= 60
     made = [n for n, s in study.data.sets.items() if s.is_synthetic]
     assert made == [Path(c).name for c in more.get('candidates', [])]
-    tests = {'own_test', 'elsewhere'} if 'ood' in more else {'photos'}
-    assert {n for n, x in study.data.sets.items() if x.locked} == tests
+    tests = dict(photos={'test', 'val'})
+    if 'ood' in more:
+        tests = dict(own_test={'test'}, elsewhere={'ood'}, photos={'val'})
+    assert {n: {*x.locked} for n, x in study.data.sets.items() if x.locked} == tests
+    for name in tests:
+        build_set(study, name)
 
 def test_damaged_and_repeated_photographs_are_counted_and_left_out(here, tmp_path):
     d = shutil.copytree(here/'pets', tmp_path/'pets')
@@ -146,6 +170,191 @@ def test_a_zip_is_looked_into_like_its_folder(here, tmp_path):
     a, b = look_into(tmp_path/'pets.zip'), look_into(here/'pets')
     assert (a.classes, a.splits, a.loose) == (b.classes, b.splits, b.loose)
 
+@pytest.fixture
+def locked(here, tmp_path):
+    "A study whose test split is a list, and the folder of its photographs."
+    d = shutil.copytree(here/'pets', tmp_path/'pets')
+    return new_task(task(here, tmp_path, images=d)), d
+
+def files_of(study, split):
+    "The files of a split of the photographs, as the set is made now."
+    m = build_set(Study(study.dir), 'photos')
+    return sorted(m[m.split == split]['file'])
+
+def resized(p):
+    "Images of another size."
+    p['data']['image_size'] = 8
+
+def test_photographs_that_are_added_never_get_into_the_listed_splits(locked):
+    "Copies of listed ones and what looks like them are left out; another size changes nothing."
+    study, d = locked
+    before = {s: files_of(study, s) for s in ('test', 'val')}
+    assert [len(before[s]) for s in before] == [10, 6] and problems(study) == []
+    for i in range(20):
+        photo(d/'cat'/f'0{i}.png')
+    first = d.parent/before['test'][0]
+    shutil.copy(first, first.with_name('0copy.png'))
+    like = np.array(Image.open(first))
+    like[0, 0] ^= 1
+    Image.fromarray(like).save(first.with_name('0like.png'))
+    assert {s: files_of(study, s) for s in before} == before
+    left = pd.read_csv(study.path('runs', 'data', 'photos', 'left_out.csv')).set_index('file').reason
+    names = [f'{first.parent.relative_to(d.parent)}/0{k}.png' for k in ('copy', 'like')]
+    says = [f'{what} {before["test"][0]} (listed for test)' for what in ('the same pixels as', 'it looks like')]
+    assert [left[n] for n in names] == says
+    edit(study.dir, resized)
+    assert {s: files_of(study, s) for s in before} == before
+
+def removed(study, file):
+    "A listed photograph is gone."
+    file.unlink()
+
+def renamed(study, file):
+    "A listed photograph has another name."
+    file.rename(file.with_name('other.png'))
+
+def changed(study, file):
+    "A listed photograph has other bytes."
+    photo(file, side=13)
+
+def another_class(study, file):
+    "The list has another class."
+    t = pd.read_csv(study.path('locked', 'photos_test.csv'))
+    t['class'] = t['class'].map(dict(cat='dog', dog='cat'))
+    t.to_csv(study.path('locked', 'photos_test.csv'), index=False)
+
+def no_list(study, file):
+    "The list itself is gone."
+    study.path('locked', 'photos_test.csv').unlink()
+
+@pytest.mark.parametrize('harm, says', [
+    (removed, '{f} is not in the input any more: put it back$'), (renamed, '{f} is not in .*other.png has its bytes'),
+    (changed, '{f} has other bytes than when it was listed'), (another_class, "{f} is of class 'cat', and was listed"),
+    (no_list, 'photos_test.csv: not readable as a list of images')], ids=lambda x: getattr(x, '__name__', ''))
+def test_a_listed_photograph_that_is_not_as_it_was_is_named(locked, harm, says):
+    study, d = locked
+    first = files_of(study, 'test')[0]
+    harm(study, d.parent/first)
+    with pytest.raises(StudyError, match=says.format(f=first.removeprefix('pets/'))):
+        build_set(study, 'photos')
+
+def test_a_list_that_is_edited_is_another_test(locked):
+    "Its hash is in params.yaml, by which DVC sees a change; `synthscale check` says so before."
+    study, d = locked
+    file = study.path('locked', 'photos_test.csv')
+    file.write_text('\n'.join(file.read_text().splitlines()[:-1])+'\n')
+    assert ['another list is another test' in x for x in problems(study)] == [True]
+    with pytest.raises(StudyError, match="split 'test' has other images or classes than when it was locked"):
+        build_set(study, 'photos')
+
+def test_a_test_set_of_its_own_is_locked_by_its_files(here, tmp_path):
+    "Another size is the same test; another file is not."
+    d = shutil.copytree(here/'twin'/'made', tmp_path/'test')
+    study = new_task(task(here, tmp_path, test=d))
+    edit(study.dir, resized)
+    build_set(Study(study.dir), 'own_test')
+    photo(d/'cat'/'new.png')
+    with pytest.raises(StudyError, match="split 'test' has other images or classes than when it was locked"):
+        build_set(study, 'own_test')
+
+def like(file, of):
+    "A copy with one pixel changed."
+    a = np.array(Image.open(of))
+    a[0, 0] ^= 1
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(a).save(file)
+
+def test_images_of_two_sets_that_look_alike_are_counted_and_named(here, tmp_path, capsys):
+    "Generated images are like ones to test on and to train on, and photographs to train on are like ones to test on."
+    pets = here/'pets'
+    own = photos(tmp_path/'own', cat=6, dog=6)
+    drawn = shutil.copytree(here/'made', tmp_path/'drawn')
+    for c in ('cat', 'dog'):
+        like(drawn/c/'copy.png', own/c/'own1.png')
+    for i in range(5):                # three photographs of a class are to select on
+        like(drawn/'cat'/f'learned{i}.png', pets/'cat'/f'pets{i}.png')
+        like(own/'dog'/f'leak{i}.png', pets/'dog'/f'pets{i}.png')
+    (own/'README.md').write_text('from a friend')
+    (tmp_path/'LICENCE').write_text('free')
+    study = new_task(task(here, tmp_path, test=own, candidates=[drawn]))
+    whole = pd.read_csv(study.dir/'audit.csv').query("`class` == 'all'").set_index('set')
+    assert whole.near_test['drawn'] == 2 and whole.near_train['drawn'] >= 2
+    assert whole.near_train['drawn']+whole.near_val['drawn'] == 5
+    assert 2 <= whole.near_test['photos'] == whole.near_train['own_test'] <= 5
+    pairs = pd.read_csv(study.dir/'audit_copies.csv')
+    two = {(f'drawn/{c}/copy.png', f'own/{c}/own1.png') for c in ('cat', 'dog')}
+    assert {*zip(pairs['file'], pairs.near_file)} >= two
+    said = capsys.readouterr().out
+    assert 'drawn: 2 generated images look like photographs to test on, such as' in said
+    assert 'photos: warning: ' in said and 'own/dog/leak' in said
+    assert 'its terms may be in own/README.md, LICENCE' in said
+
+LAYOUTS = [     # the places of each image
+    'pets/{c}/{i}.png', 'a/b/{c}/{i}.png', '{c}/20{i:02}/{i}.png', '{c}/{c}/{i}.png', 'data/Train/{c}/{i}.png',
+    'TRAINING/{c}/sub/{i}.png', '__MACOSX/{c}/._{i}.png {c}/{i}.png',
+    '.cache/{c}/x{i}.png {c}/.ipynb_checkpoints/x{i}.png {c}/{i}.png', 'pets/x{c}{i}.png pets/{c}/{i}.png']
+
+def laid(folder, layout, n=5):
+    "Images of two classes at these places."
+    for k, c in enumerate(('cat', 'dog')):
+        for i in range(n):
+            for j, place in enumerate(layout.split()):
+                f = folder/place.format(c=c, i=i)
+                f.parent.mkdir(parents=True, exist_ok=True)
+                noise = np.random.default_rng((k, i, j)).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(f)
+    return folder
+
+def made(folder, t):
+    "The set of the photographs, as params.yaml describes it before anything is set aside."
+    folder.mkdir(exist_ok=True)
+    classes = class_keys(list(look_into(t.images).classes))
+    (folder/'params.yaml').write_text(params_text(t, Plan(classes, n_train=4, odd=match_classes(t, classes))))
+    return build_set(Study(folder), 'photos')
+
+@pytest.mark.parametrize('zipped', [False, True], ids=['folder', 'zip'])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_a_layout_is_read_as_the_image_set_reads_it(tmp_path, layout, zipped):
+    "Five images of each of two classes, wherever the folder has them; the same from a zip."
+    d = laid(tmp_path/'layout', layout)
+    if zipped:
+        d = Path(shutil.make_archive(str(d), 'zip', d))
+    found = look_into(d)
+    assert found.classes == dict(cat=dict(train=5), dog=dict(train=5))
+    m = made(tmp_path/'mine', Task(tmp_path/'mine', d, image_size=12))
+    assert m.groupby(['class', 'split']).size().to_dict() == {('cat', 'train'): 5, ('dog', 'train'): 5}
+
+@pytest.mark.parametrize('layout', ['{c}/train/{i}.png {c}/Test/{i}x.png', '{c}/test/{i}.png', 'x/{c}/val/{i}.png'])
+def test_splits_below_classes_are_refused_by_both(tmp_path, layout):
+    d = laid(tmp_path/'layout', layout)
+    with pytest.raises(StudyError, match='cat has splits below it'):
+        look_into(d)
+    with pytest.raises(StudyError, match='expected the splits above the classes'):
+        folder_entries(d/('x' if layout[0] == 'x' else ''), {'cat', 'dog'})
+
+def test_a_class_that_is_called_like_a_split_below_a_class_belongs_to_it(tmp_path):
+    "Trains among vehicles are vehicles."
+    for f in ('vehicle/train/1.png', 'vehicle/bus/1.png', 'animal/cat/1.png'):
+        photo(tmp_path/'d'/f)
+    assert {c: n['train'] for c, n in look_into(tmp_path/'d').classes.items()} == dict(animal=1, vehicle=2)
+    assert [e.label for e in folder_entries(tmp_path/'d', {'vehicle', 'animal'})] == ['animal', 'vehicle', 'vehicle']
+
+def test_a_folder_without_images_is_said(here, tmp_path):
+    d = laid(tmp_path/'d', 'all/test/{c}/{i}.png all/Train/{c}/{i}.png')
+    (d/'all'/'Train'/'owl').mkdir()
+    (d/'all'/'val').mkdir()
+    (d/'all'/'.cache').mkdir()
+    found = look_into(d)
+    assert (found.splits, found.empty) == (dict(Train='train', test='test'), ['val', 'Train/owl'])
+
+def test_candidates_of_one_class_stay_of_it(here, tmp_path):
+    "A folder named like a class of the photographs is that class, not one level too much."
+    for f in ('cat/a/1.png', 'cat/b/2.png'):
+        photo(tmp_path/'drawn'/f)
+    t = task(here, tmp_path, candidates=[tmp_path/'drawn'])
+    assert t.look('drawn').classes == dict(cat=dict(train=2))
+    assert match_classes(t, dict(cat='cat', dog='dog'))['drawn'] == dict(cat='cat')
+
 @given(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=8, unique=True))
 def test_every_name_of_a_folder_becomes_a_key_of_its_own(names):
     keys = class_keys(names)
@@ -181,8 +390,8 @@ def shorter(p):
 
 @pytest.mark.slow
 def test_the_command_writes_a_study_that_runs(here, tmp_path):
-    "The test split stays locked, also when a photograph is added; a second run computes nothing but prepare."
-    d = shutil.copytree(here/'pets', tmp_path/'pets')
+    "A second run computes nothing but prepare."
+    shutil.copytree(here/'pets', tmp_path/'pets')
     said = sh(['synthscale', 'new', 'mine', '--images', 'pets', '--candidates', str(here/'made'), '--image-size', '8',
                '--budget', '20m', '--seeds', '2'], tmp_path)
     assert 'Nothing is trained yet' in said
@@ -197,18 +406,118 @@ def test_the_command_writes_a_study_that_runs(here, tmp_path):
     sh('synthscale save-model decision kept', tmp_path/'mine')
     assert {p.name for p in (tmp_path/'mine'/'kept').iterdir()} == {'README.md', 'config.json', 'model.safetensors'}
     assert ran(sh('dvc repro', tmp_path/'mine')) == {'prepare'}
-    for i in range(20):
-        photo(d/'cat'/f'another{i}.png')
-    out = sh('dvc repro', tmp_path/'mine', ok=False)
-    assert "split 'test' has other images or labels than when it was locked" in out
 
 def test_plans_of_every_kind_are_read_back(here, tmp_path):
     t = task(here, tmp_path, candidates=[here/'made', here/'more'])
     lock = dict(photos=dict(test='0'*64))
-    text = params_text(t, Plan(dict(cat='cat', dog='dog'), dict(test=2, val=2), lock, 'own', 40,
+    text = params_text(t, Plan(dict(cat='cat', dog='dog'), dict(test='locked/t.csv'), lock, 'own', 40,
                                dict(made=60, more=4), {'more': dict(cat='cat', owl=None)}))
     (tmp_path/'params.yaml').write_text(text)
     study = Study(tmp_path)
     assert study.data.sets['more'].classes == dict(cat='cat', owl=None) and study.data.sets['more'].fewer_classes
     q = study.your_task['decision']
     assert (q.candidates, q.n_more, q.recipes) == (['made', 'more'], [60], ['small', 'plain'])
+
+def hub(answers):
+    "A server that answers like the hub: path -> (status, JSON)."
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, said = answers.get(self.path.partition('?')[0], (404, {}))
+            body = json.dumps(said).encode()
+            self.send_response(status)
+            self.send_header('Content-Type', 'application/json')
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            "Nothing is printed."
+    return ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+
+@pytest.fixture
+def asked(monkeypatch):
+    "The hub's address leads to a server with one model, one behind a licence, and nothing else."
+    weights = [dict(rfilename='unet/model.safetensors', size=3*10**9), dict(rfilename='README.md', size=5)]
+    server = hub({'/api/models/a/open': (200, dict(id='a/open', sha='1'*40, siblings=weights)),
+                  '/api/models/a/closed': (401, dict(error='no'))})
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', f'http://127.0.0.1:{server.server_port}')
+    yield
+    server.shutdown()
+    server.server_close()
+
+def test_the_hub_is_asked_for_the_newest_commit(asked):
+    m = model_of('a/open', 'open')
+    assert (m.repo, m.revision, m.size) == ('a/open', '1'*40, 3*10**9)
+
+@pytest.mark.parametrize('given, says', [
+    ('a/closed', 'accept the model.s terms on its page, and put a token of yours into HF_TOKEN'),
+    ('a/none', 'a/none: not on the hub'), ('a/open@main', "'main' is no full commit hash"),
+    ('a/open@', "'' is no full commit hash"), ('none', 'expected a folder that is there, or OWNER/NAME@COMMIT')])
+def test_a_model_that_cannot_be_named_is_said_with_the_way_out(asked, given, says):
+    with pytest.raises(StudyError, match=says):
+        model_of(given, 'x')
+
+def test_without_the_hub_a_commit_has_to_be_given(monkeypatch):
+    "Nobody listens there."
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', 'http://127.0.0.1:9')
+    with pytest.raises(StudyError, match='the hub cannot be asked .*name the commit, OWNER/NAME@COMMIT'):
+        model_of('a/open', 'x')
+    assert model_of(f'a/open@{"2"*40}', 'x').size is None
+
+def test_models_of_the_hub_are_planned_and_their_price_is_not_known(asked, here, tmp_path, capsys):
+    "Each has two prompt sets and two guidance scales; the study checks, and is short."
+    study = new_task(task(here, tmp_path, models=['a/open', f'b/sd.x@{"3"*40}'], candidates=[here/'made']))
+    assert problems(Study(study.dir)) == [] and len((study.dir/'params.yaml').read_text().splitlines()) <= 60
+    assert study.models['open'].revision == '1'*40 and study.models['sd_x'].repo == 'b/sd.x'
+    names = task(here, tmp_path, models=['a/open', f'b/sd.x@{"3"*40}']).source_names
+    assert [*study.generate.sources] == names and len(names) == 8
+    assert {s.guidance_scale for s in study.generate.sources.values()} == {1.5, 4.}
+    assert study.generate.n_images == 4*32
+    price = pd.read_csv(study.dir/'price.csv').set_index('what').minutes
+    assert price.isna().sum() == 8 and price.isna()[[f'drawing {n}' for n in names]].all()
+    said = capsys.readouterr().out
+    assert 'models.open: a/open@111111111111 (3.0 GB) is fetched by dvc repro' in said
+    assert 'models.sd_x: b/sd.x@333333333333 (of unknown size)' in said and '8 sources of 128 images' in said
+
+@pytest.fixture(scope='module')
+def drawer(tmp_path_factory):
+    "A Stable Diffusion with random weights."
+    from synthscale.random_pipelines import tiny_sd
+    d = tiny_sd(tmp_path_factory.mktemp('drawer')/'sd')
+    (d/'README.md').write_text('---\nlicense: openrail\n---\n')
+    return d
+
+@pytest.mark.slow
+def test_a_model_in_a_folder_draws_candidates(here, drawer, tmp_path):
+    "Its speed is measured, the study checks, and the stage generate makes as many images as were planned."
+    shutil.copytree(here/'pets', tmp_path/'pets')
+    said = sh(['synthscale', 'new', 'mine', '--images', 'pets', '--model', str(drawer), '--image-size', '8',
+               '--budget', '30m', '--seeds', '2'], tmp_path)
+    assert 'models.sd: licence openrail' in said and '4 sources of' in said
+    study = Study(tmp_path/'mine')
+    drawn = pd.read_csv(study.dir/'price.csv').query("what.str.startswith('drawing')").minutes
+    assert len(drawn) == 4 and drawn.gt(0).all() and drawn.sum() <= 16+4*.3
+    assert 'nothing is wrong' in sh('synthscale check', study.dir)
+    first = next(iter(study.generate.sources))
+    sh(f'dvc repro generate@{first}', study.dir)
+    assert len(read_manifest(study.set_dir(first))) == study.generate.n_images
+
+@pytest.mark.slow
+def test_drawing_that_does_not_fit_is_said(here, drawer, tmp_path):
+    with pytest.raises(StudyError, match='drawing two images of each class takes'):
+        new_task(task(here, tmp_path, models=[str(drawer)], minutes=.001))
+    assert not list(tmp_path.iterdir())
+
+def test_a_backbone_brings_a_probe_and_fine_tuning(here, tmp_path):
+    "The probe comes first; weights that do not fit are named before anything is planned, and nothing stays."
+    torch.save(timm.create_model('resnet10t').state_dict(), tmp_path/'net.pth')
+    study = new_task(task(here, tmp_path, backbone=f"{tmp_path/'net.pth'}=resnet10t", candidates=[here/'made']))
+    assert problems(Study(study.dir)) == [] and len((study.dir/'params.yaml').read_text().splitlines()) <= 60
+    assert study.your_task['decision'].recipes == ['probe', 'tuned', 'small', 'plain']
+    assert study.classify.recipe == 'probe' and study.models['backbone'].input == '../net.pth'
+    price = pd.read_csv(study.dir/'price.csv')
+    assert 'features, probe' in price.what.tolist() and price.minutes.gt(0).all()
+    with pytest.raises(StudyError, match='tensor .* is|holds .* tensors|do not fit the architecture'):
+        new_task(task(here, tmp_path, folder=tmp_path/'other', backbone=f"{tmp_path/'net.pth'}=resnet18"))
+    assert not (tmp_path/'other').exists()
