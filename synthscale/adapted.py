@@ -216,7 +216,7 @@ def write_adapted(base,   # folder of the model that was adapted
     check_folder(out)
 
 # %% ../nbs/02e_adapted.ipynb #2a2890d6
-_MEASURED = 256      # photos of a split, at most, on which errors are measured
+_MEASURED = 256      # photos of a split, at most, on which errors are measured: evenly chosen ones, of all classes
 
 def photo_error(pipe,            # StableDiffusionPipeline
                 photos: ImageSet,# photos of one split
@@ -227,8 +227,9 @@ def photo_error(pipe,            # StableDiffusionPipeline
     "The unweighted error of a denoiser on photos, each with a prompt of its class."
     import torch
     (table, empty), g = _token_table(pipe, texts), torch.Generator().manual_seed(seed)
-    mean, _ = photo_latents(pipe.vae, photos.images[:_MEASURED], _own_size(pipe, spec))
-    labels, out = torch.tensor(photos.labels[:len(mean)]), []
+    some = np.linspace(0, len(photos.labels)-1, min(_MEASURED, len(photos.labels))).round().astype(int)
+    mean, _ = photo_latents(pipe.vae, photos.images[some], _own_size(pipe, spec))
+    labels, out = torch.tensor(photos.labels[some]), []
     with torch.no_grad():
         for i in range(0, len(mean), 16):
             ids = _prompt_ids(table, labels[i:i+16], empty, 0., g)
@@ -269,13 +270,21 @@ def _check_base(study, name):
     check_model(study, study.adapted[name].model)
     return folder
 
+def _only_measured(study, name):
+    "The validation split, where it is of the same set."
+    e = study.classify.eval
+    return [e.validation] if e.set == study.adapted[name].set else []
+
 def adapted_key(study: Study,    # the study
                 name: str,       # under adapted
                 photos: ImageSet # its training photos
                ) -> str:         # 32 hexadecimal digits
     "A hash of everything that decides the files of an adapted model."
     spec = study.adapted[name]
-    about = dict(engine=ENGINE, spec=spec.model_dump(exclude={'set'}), threads=training_threads(),
+    m = read_manifest(study.set_dir(spec.set))
+    m = m[m.split.isin(_only_measured(study, name))]
+    about = dict(engine=ENGINE, measured=m.sha256.tolist(), spec=spec.model_dump(exclude={'set'}),
+                 threads=training_threads(),
                  base=folder_sha256(_check_base(study, name)), seed=study.seed('adapted', name),
                  images=photos.manifest.sha256.tolist(), labels=photos.labels.tolist(),
                  prompts=class_texts(study, read_prompts(study, spec.prompts)), bits=study.data.near_bits)
@@ -283,11 +292,8 @@ def adapted_key(study: Study,    # the study
 
 def _measured(study, name, base, out, photos, texts):
     "What is noted of an adapted model: errors before and after, and copies among images that it draws."
-    spec, seed, e = study.adapted[name], study.seed('adapted', name), study.classify.eval
-    parts = {'train': photos}
-    if e.set == spec.set:
-        parts[e.validation] = load_set(study.set_dir(e.set), e.validation)
-    errors = {}
+    spec, seed, errors = study.adapted[name], study.seed('adapted', name), {}
+    parts = {'train': photos} | {k: load_set(study.set_dir(spec.set), k) for k in _only_measured(study, name)}
     for when, folder in (('before', base), ('adapted', out)):          # the adapted one last: it draws
         pipe = _on_device(load_pipeline(folder))
         errors[when] = {k: round(photo_error(pipe, s, texts, spec, derive_seed(seed, 'error')), 5)
