@@ -8,7 +8,8 @@ import json
 import numpy as np
 import pandas as pd
 from .backbones import backbone_folder, set_features
-from .pixels import NearHashes, difference_hash
+from .pixels import NearHashes
+from .quality import looks, near
 from .shards import (by_class, check_set, encode_png, file_names, load_set, read_manifest, read_shard,
                                sample_grid, write_set)
 from .study import (Ident, Key, Positive, Section, Study, StudyError, file_sha256, nearest, write_atomic,
@@ -47,20 +48,43 @@ def class_similarity(features,         # n x d, of the photos of a pool
     own, here, block = _unit(own), by_class(labels), max(1, _ENTRIES//len(own))
     out = np.empty((len(features), len(here)))
     for i in range(0, len(features), block):
-        near = _unit(features[i:i+block])@own.T
+        similar = _unit(features[i:i+block])@own.T
         for c, k in enumerate(here):
             n = min(neighbours, len(k))
-            out[i:i+block, c] = np.partition(near[:, k], -n, axis=1)[:, -n:].mean(1)
+            out[i:i+block, c] = np.partition(similar[:, k], -n, axis=1)[:, -n:].mean(1)
     return out
 
 # %% ../nbs/04e_retrieved.ipynb #449fd184
+class _Alike:
+    "Images by their looks, of which one that is near another is found."
+    def __init__(self, bits):
+        self.hashes, self.rows, self.names = NearHashes(bits), np.empty((0, 0)), []
+
+    def add(self, look, name):
+        "One more image."
+        if np.ndim(look) == 0: return self.hashes.add(look, name)
+        if len(self.names) == len(self.rows):                   # room for as many again
+            more = np.empty((max(64, 2*len(self.rows)), len(look)))
+            more[:len(self.rows)] = self.rows.reshape(-1, len(look))
+            self.rows = more
+        self.rows[len(self.names)] = look
+        self.names.append(name)
+
+    def nearest(self, look):
+        "(name of the nearest image, how far it is); None: none is near."
+        if np.ndim(look) == 0: return self.hashes.nearest(look)
+        rows = self.rows[:len(self.names)]
+        if not len(rows) or not near(look[None], rows)[0]: return None
+        d = np.square(rows-look).sum(1)
+        return self.names[int(d.argmin())], float(d.min())
+
 def _shapes(folder, m):
-    "Difference hashes of images and of their mirror images, in the order of the manifest's rows, shard by shard."
+    "The looks of images and of their mirror images, in the order of the manifest's rows, shard by shard."
     every, found = read_manifest(folder).groupby('shard').key.apply(list), []
     for shard, rows in m.groupby('shard', sort=False):
         images = read_shard(folder/shard, rows, every=every[shard])
         images = np.stack([images[k] for k in rows.key])
-        found.append(np.stack([difference_hash(images), difference_hash(images[:, :, ::-1])], 1))
+        found.append(np.stack([looks(images), looks(images[:, :, ::-1])], 1))
     return np.concatenate(found)
 
 def _rows(study, name, split):
@@ -72,11 +96,11 @@ def _rows(study, name, split):
 
 def known_images(study: Study,   # the study
                  name: str       # under retrieved
-                ) -> dict:       # tested, training -> NearHashes that name the image and its set
+                ) -> dict:       # tested, training -> what finds the image, with its set, that another one is near
     "The images whose copies may not be retrieved: those that models are validated or tested on, and training photos."
     spec, e = study.retrieved[name], study.classify.eval
     parts = [('tested', e.set_of(n), n) for n in e.every]+[('training', spec.photos, 'train')]
-    out = {k: NearHashes(study.data.near_bits) for k in ('tested', 'training')}
+    out = {k: _Alike(study.data.near_bits) for k in ('tested', 'training')}
     for what, of, split in parts:
         rows = _rows(study, of, split)
         for file, codes in zip(file_names(rows), _shapes(study.set_dir(of), rows)):
@@ -89,8 +113,8 @@ def _why_not(shape, known, kept):
     "(reason, what it is like) for leaving a photo out; ('', '') where there is none."
     for hashes, reason in ((known['tested'], 'a copy of an image that is tested on'),
                            (known['training'], 'a copy of a training photo'), (kept, 'a repeat in the pool')):
-        near = hashes.nearest(shape)
-        if near: return reason, near[0]
+        like = hashes.nearest(shape)
+        if like: return reason, like[0]
     return '', ''
 
 def rank_pool(study: Study,   # the study
@@ -104,11 +128,11 @@ def rank_pool(study: Study,   # the study
                               f"{classes[lost[0]]!r}")
     shapes = _shapes(study.set_dir(spec.pool), pool)[:, 0]       # before its label is put in the place of none
     features = [set_features(study, spec.backbone, *of) for of in ((spec.pool, spec.split), (spec.photos, 'train'))]
-    near = class_similarity(*features, photos.label, spec.neighbours)
-    pool['label'], pool['similarity'] = near.argmax(1), near.max(1).round(6)
+    similar = class_similarity(*features, photos.label, spec.neighbours)
+    pool['label'], pool['similarity'] = similar.argmax(1), similar.max(1).round(6)
     pool['class'], pool['position'] = np.array(classes, object)[pool.label], np.arange(len(pool))
     by = pool.assign(name=file_names(pool)).sort_values(['similarity', 'sha256', 'name'], ascending=[False, True, True])
-    known, kept, found = known_images(study, name), NearHashes(study.data.near_bits), []
+    known, kept, found = known_images(study, name), _Alike(study.data.near_bits), []
     for i, file in zip(by.position, by.name):
         found.append(_why_not(shapes[i], known, kept))
         if not found[-1][0]:
@@ -153,10 +177,10 @@ def _samples(study, name, rows):
     spec = study.retrieved[name]
     folder, lazy = study.set_dir(spec.pool), not rows.shard.str.endswith('.gz').any()
     images = load_set(folder, spec.split, lazy=lazy, rows=rows.position.to_numpy()).images
-    near = _nearest_photos(study, name, rows)
+    like = _nearest_photos(study, name, rows)
     for i, (r, file) in enumerate(zip(rows.itertuples(), file_names(rows))):
         yield dict(split='train', label=r.label, image=images[i], caption=r.caption, retrieved=spec.pool, origin=r.key,
-                   file=file, similarity=r.similarity, nearest=near[i])
+                   file=file, similarity=r.similarity, nearest=like[i])
 
 def retrieve_set(study: Study,   # the study
                  name: str       # under retrieved

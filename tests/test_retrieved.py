@@ -11,7 +11,7 @@ from synthscale.data import build_set
 from synthscale.params import check_study, problems, resolved
 from synthscale.retrieved import class_similarity, known_images, rank_pool, retrieve_set, retrieved_counts
 from synthscale.shards import encode_png, file_names, load_set, read_manifest
-from synthscale.smoke import photo_params, write_photos
+from synthscale.smoke import photo_params, smoke_study, write_photos
 from synthscale.study import Study, StudyError, file_sha256, read_yaml
 
 try:
@@ -188,6 +188,27 @@ def test_images_of_plain_tar_shards_are_read_in_place(tmp_path):
     assert sorted(names(m)) == sorted(names(first))
     rows = read_manifest(large.set_dir('pool')).set_index('key').loc[m.origin]
     assert rows.sha256.tolist() == m.sha256.tolist()
+
+def test_small_images_are_compared_by_their_pixels(tmp_path):
+    "Digits of 8 x 8 pixels: noisy copies of tested ones are left out, and handwriting of other people is not."
+    smoke = Study(smoke_study('data'))
+    tested, others = (load_set(smoke.set_dir('digits'), k).images for k in ('test', 'ood'))
+    rng, n = np.random.default_rng(0), 30
+    noisy = np.clip(tested[:n].astype(int)+rng.integers(-3, 4, tested[:n].shape), 0, 255).astype(np.uint8)
+    write(tmp_path/'pool', **{f'copy{i}': a for i, a in enumerate(noisy)})
+    write(tmp_path/'pool', **{f'own{i}': a for i, a in enumerate(others[:200])})
+    torch.manual_seed(0)
+    save_file(timm.create_model('test_resnet', num_classes=0).state_dict(), tmp_path/'net.safetensors')
+    p = copy.deepcopy(smoke.raw)
+    p['data']['sets']['pool'] = dict(type='imagefolder', input=str(tmp_path/'pool'), unlabelled=True)
+    p['models']['net'] = photo_params()['models']['net'] | dict(input=str(tmp_path/'net.safetensors'))
+    p['retrieved'] = dict(more=dict(pool='pool', photos='digits', backbone='net', n_per_class=1))
+    p['classify']['eval']['test_splits'] = ['test']
+    study = check_study(Study(smoke.dir, p))
+    build_set(study, 'pool')
+    ranked = rank_pool(study, 'more')
+    left = ranked[ranked.reason == 'a copy of an image that is tested on']
+    assert sorted(names(left)) == sorted(f'copy{i}' for i in range(n))
 
 # ---- sets without labels
 
