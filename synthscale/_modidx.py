@@ -6,6 +6,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'synthscale.adapted._check_base': ('adapted.html#_check_base', 'synthscale/adapted.py'),
                                     'synthscale.adapted._measured': ('adapted.html#_measured', 'synthscale/adapted.py'),
                                     'synthscale.adapted._on_device': ('adapted.html#_on_device', 'synthscale/adapted.py'),
+                                    'synthscale.adapted._only_measured': ('adapted.html#_only_measured', 'synthscale/adapted.py'),
                                     'synthscale.adapted._own_size': ('adapted.html#_own_size', 'synthscale/adapted.py'),
                                     'synthscale.adapted._prompt_ids': ('adapted.html#_prompt_ids', 'synthscale/adapted.py'),
                                     'synthscale.adapted._stored_dtype': ('adapted.html#_stored_dtype', 'synthscale/adapted.py'),

@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT, copy_repo, dump, environment, load, sh
 from synthscale.doctor import check_names
 from synthscale.run import main, stage_key
-from synthscale.smoke import smoke_params, smoke_text_models, with_pairs
+from synthscale.smoke import photo_params, smoke_params, smoke_text_models, with_adapted, with_pairs
 from synthscale.study import Study, StudyError
 
 HOSTILE = ['zz;touch PWN', "a'b;touch PWN;'", 'a";touch PWN;"', '$(touch PWN)', '`touch PWN`', 'a\ntouch PWN\n',
@@ -27,6 +27,7 @@ def with_texts():
     p['quality']['clip'] = dict(rendered=dict(model='judge'))
     p['your_task'] = dict(decision=dict(photos='digits', candidates=['rendered'], recipes=['convnext_digits'],
                                         test_split='test', n_photos=[20]))
+    p['retrieved'], p['adapted'] = photo_params()['retrieved'], with_adapted(smoke_params())['adapted']
     return p
 
 def write(d, place, names):
