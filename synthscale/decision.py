@@ -100,12 +100,14 @@ def _reach(gain, runs, images):
 
 def what_would_tell(gain: dict,          # as `loss_gain` gives it
                     most_runs: int = 50  # more than these are not proposed
-                   ) -> dict:            # runs, test_images: in all, None where they alone would not do
+                   ) -> dict:            # runs, test_images: in all, None where they alone would not do; both: so many
+                                         # times as many of both
     "How many runs, or how many test images, would take the interval away from 1 if the estimate stays as it is."
     size, n, m = abs(np.log(gain['ratio'])), gain['n_seeds'], gain['n_test']
     runs = next((k for k in range(n, most_runs+1) if _reach(gain, k, m) < size), None)
     images = next((i for i in np.unique(np.geomspace(m, 100*m, 60).astype(int)) if _reach(gain, n, i) < size), None)
-    return dict(runs=runs, test_images=None if images is None else int(images))
+    times = next((t for t in range(2, 101) if _reach(gain, t*n, t*m) < size), None)
+    return dict(runs=runs, test_images=None if images is None else int(images), both=times)
 
 def would_change(verdict: str,   # of VERDICTS
                  gain: dict      # against the better control
@@ -118,7 +120,9 @@ def would_change(verdict: str,   # of VERDICTS
         return f"{need['runs']-gain['n_seeds']} more seeds (fresh_seeds: {need['runs']}), if the estimate stays"
     if need['test_images']:
         return f"about {need['test_images']:,} test photographs instead of {gain['n_test']:,}, if the estimate stays"
-    return 'neither more seeds nor 100 times as many test photographs: if the estimate stays, it is too small'
+    if need['both']:
+        return f"{need['both']} times as many seeds and test photographs, if the estimate stays; neither alone would do"
+    return 'neither 100 times as many seeds nor test photographs: if the estimate stays, it is too small'
 
 
 # %% ../nbs/07n_decision.ipynb #a01efc2b

@@ -496,7 +496,7 @@ class _Repeats:
             return ''
         if first is not x: return self._words('the same pixels as', first, x)
         like = self.near.nearest(look) if self.spec.duplicates == 'near' else None
-        return self._words('it looks like', like[0], x) if like else ''
+        return self._words('nearly the same as', like[0], x) if like else ''
 
     def _words(self, what, first, x):
         "A reason for left_out.csv."

@@ -396,7 +396,8 @@ def _set_line(task, plan, name):
         spec['locked'] = plan.locked[name]
     if {*plan.classes.values()} - {*named.values()}:
         spec['fewer_classes'] = True
-    spec |= dict(unreadable='skip', duplicates='near' if 'hold_out' in spec else 'drop', max_left_out=.9)
+    spec |= dict(unreadable='skip', max_left_out=.9,
+                 duplicates='near' if 'hold_out' in spec and task.image_size > _TINY else 'drop')
     return f"    {name}: {_flow(spec)}      # {said.get(name, 'generated images')}"
 
 def _lines(texts):
@@ -430,6 +431,8 @@ def _question(task, plan):
              ('n_more', more, 'generated images; a pilot has as many as photographs'), ('seeds', plan.seeds, ''),
              ('fresh_seeds', 6, 'of the choice measured again'), ('minutes', plan.minutes, 'for its training')]
     return [f"    {k}: {_flow(v)}{f'      # {said}' if said else ''}" for k, v, said in lines if v is not None]
+
+_TINY = 16      # pixels: smaller letters and digits of one class are nearly the same without being copies
 
 _HEAD = """# Would generated images help to tell these classes apart? Written by `synthscale new`, to be edited.
 # `dvc repro` computes what an edit concerns, and nothing else.
@@ -676,7 +679,7 @@ def licence_of(folder    # of a model
 
 
 # %% ../nbs/11_new.ipynb #bb5a9ae9
-_SAID = dict(damaged='not a readable image', repeats='the same pixels', like_a_test='it looks like')
+_SAID = dict(damaged='not a readable image', repeats='the same pixels', like_a_test='nearly the same as')
 
 def audit(study: Study,         # with its sets made
           pairs: pd.DataFrame   # as `near_pairs` finds them

@@ -174,7 +174,7 @@ def test_a_zip_is_looked_into_like_its_folder(here, tmp_path):
 def locked(here, tmp_path):
     "A study whose test split is a list, and the folder of its photographs."
     d = shutil.copytree(here/'pets', tmp_path/'pets')
-    return new_task(task(here, tmp_path, images=d)), d
+    return new_task(task(here, tmp_path, images=d, image_size=20)), d
 
 def files_of(study, split):
     "The files of a split of the photographs, as the set is made now."
@@ -200,7 +200,7 @@ def test_photographs_that_are_added_never_get_into_the_listed_splits(locked):
     assert {s: files_of(study, s) for s in before} == before
     left = pd.read_csv(study.path('runs', 'data', 'photos', 'left_out.csv')).set_index('file').reason
     names = [f'{first.parent.relative_to(d.parent)}/0{k}.png' for k in ('copy', 'like')]
-    says = [f'{what} {before["test"][0]} (listed for test)' for what in ('the same pixels as', 'it looks like')]
+    says = [f'{what} {before["test"][0]} (listed for test)' for what in ('the same pixels as', 'nearly the same as')]
     assert [left[n] for n in names] == says
     edit(study.dir, resized)
     assert {s: files_of(study, s) for s in before} == before

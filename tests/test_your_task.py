@@ -1,0 +1,208 @@
+"The verdict: how often it is wrong on simulated runs, what it may look at, the cap on time, and what is refused."
+import json, shutil
+from dataclasses import replace
+import numpy as np, pytest
+from conftest import edit
+from hypothesis import given, settings, strategies as st
+from synthscale.data import build_set
+from synthscale.decision import (VERDICTS, class_gains, loss_gain, more_photos, photos_for, verdict_of, what_would_tell)
+from synthscale.params import problems
+from synthscale.recipes import pack_values
+from synthscale.smoke import make_inputs, smoke_params
+from synthscale.study import Study, StudyError, write_atomic
+from synthscale.your_task import Runs, Setting, check_task, choose_recipe, run_pilots, run_task, said, save_model
+
+QUESTION = dict(photos='digits', candidates=['rendered'], recipes=['convnext_digits'], test_split='test',
+                n_photos=[10, 20], n_pilot=20, n_more=[40], seeds=2, fresh_seeds=2)
+
+# ---- simulated runs
+
+def record(losses):
+    "A record with these losses."
+    each = {k: pack_values(losses) for k in ('loss', 'loss_calibrated')} | dict(top1=pack_values(losses < 1))
+    return dict(tests=dict(test=dict(n_test=len(losses), each=each, loss_calibrated=float(losses.mean()))))
+
+def arms(rng, ratio, n_images=300, seeds=6, seed_sd=.03, image_sd=.3):
+    "Two arms whose expected losses have a ratio; runs scatter, and images move apart between the arms."
+    image, shared = rng.lognormal(-.3, 1, n_images), image_sd*rng.normal(size=n_images)
+    def arm(times, moved):
+        return {s: record(image*times*np.exp(moved+seed_sd*rng.normal()+.2*rng.normal(size=n_images)))
+                for s in range(seeds)}
+    return arm(ratio, shared/2), arm(1., -shared/2)
+
+@pytest.mark.parametrize('ratio', [1., .97])
+def test_the_interval_covers_what_is_true(ratio):
+    "Also where images differ in how they react, which more seeds would not show."
+    rng, hits, n = np.random.default_rng(0), 0, 300
+    for _ in range(n):
+        image = rng.lognormal(-.3, 1, 300)
+        react = .3*rng.normal(size=300)
+        def arm(times, sign):
+            return {s: record(image*times*np.exp(sign*react/2+.03*rng.normal()+.2*rng.normal(size=300)))
+                    for s in range(6)}
+        g = loss_gain(arm(ratio, 1), arm(1., -1), 'test')
+        hits += g['ci_lo'] < ratio < g['ci_hi']
+    assert .91 <= hits/n <= .985
+
+def test_images_that_do_nothing_are_recommended_in_at_most_one_case_of_twenty():
+    "The worst case: both controls are as good as the mixture."
+    rng, wrong, n = np.random.default_rng(1), 0, 300
+    for _ in range(n):
+        with_, alone = arms(rng, 1.)
+        longer = {s: record(np.maximum(np.exp(.03*rng.normal())*v, 1e-9)) for s, v in
+                  ((s, image) for s, image in zip(alone, [unpacked(r) for r in alone.values()]))}
+        gains = dict(alone=loss_gain(with_, alone, 'test'), longer=loss_gain(with_, longer, 'test'))
+        wrong += verdict_of(gains) == 'generate'
+    assert wrong/n <= .05
+
+def unpacked(r):
+    "The losses of a record."
+    from synthscale.decision import image_values
+    return image_values(r, 'test', 'loss_calibrated').astype(float)
+
+def test_a_real_help_is_found():
+    rng = np.random.default_rng(2)
+    found = [verdict_of(dict(alone=loss_gain(*arms(rng, .85), 'test'))) for _ in range(60)]
+    assert found.count('generate') >= 54
+
+def test_classes_without_a_change_are_rarely_named():
+    "Ten classes in each of 60 studies: with Holm at most a few studies name one."
+    rng, labels, named = np.random.default_rng(3), np.arange(300) % 10, 0
+    for _ in range(60):
+        rows = class_gains(*arms(rng, 1.), 'test', labels, list('abcdefghij'))
+        named += any(r['words'] != 'no change shown' for r in rows)
+    assert named <= 8
+
+gain_of = st.tuples(st.floats(.2, 3), st.floats(1.001, 2)).map(
+    lambda v: dict(ratio=v[0], ci_lo=v[0]/v[1], ci_hi=v[0]*v[1], sd_seeds=.05, sd_images=.05, n_seeds=4, n_test=100))
+
+@given(st.lists(gain_of, min_size=1, max_size=3))
+def test_a_verdict_needs_every_control(gains):
+    named = {str(i): g for i, g in enumerate(gains)}
+    v = verdict_of(named)
+    assert v in VERDICTS and (v == 'generate') == all(g['ci_hi'] < 1 for g in gains)
+    assert (v == 'do not generate') == any(g['ci_lo'] > 1 for g in gains)
+    worse = named | dict(more=dict(gains[0], ci_lo=1.1, ratio=1.2, ci_hi=1.3))
+    assert verdict_of(worse) == 'do not generate'
+
+@given(st.integers(10, 5000), st.floats(.3, 1.3), st.floats(.01, 2))
+def test_photographs_and_losses_say_the_same(n, ratio, k):
+    "The photographs that a gain is worth give that gain along the curve."
+    more = more_photos(n, ratio, k)
+    assert more >= 0 and (more == 0) == (ratio >= 1)
+    if 0 < more < 1e9:
+        assert np.isclose((1+more/n)**-k, ratio)
+    worth = photos_for(n, dict(ratio=ratio, ci_lo=ratio*.9, ci_hi=ratio*1.1), dict(k=k, ci_lo=k/2, ci_hi=2*k))
+    known = [v for v in (worth['ci_lo'], worth['n'], worth['ci_hi']) if v is not None]
+    assert known == sorted(known)
+
+@given(gain_of)
+@settings(max_examples=40)
+def test_more_runs_are_proposed_only_where_they_would_tell(g):
+    need = what_would_tell(g)
+    assert need['runs'] is None or need['runs'] >= g['n_seeds']
+    assert need['test_images'] is None or need['test_images'] >= g['n_test']
+    assert need['both'] or not (need['runs'] or need['test_images'])
+
+# ---- real runs
+
+@pytest.fixture(scope='module')
+def decided(tmp_path_factory):
+    "A small study with an answer."
+    d = tmp_path_factory.mktemp('asked')
+    p = smoke_params()
+    p['your_task'] = dict(decision=QUESTION)
+    write_atomic(d/'params.yaml', json.dumps(p))
+    make_inputs(d/'data')
+    study = Study(d)
+    assert problems(study) == []
+    for s in ('digits', 'rendered'):
+        build_set(study, s)
+    return study, run_task(study, 'decision', 1)
+
+def test_only_the_validation_split_is_looked_at_before_the_last_step(decided):
+    "With every test number of the pilots turned round the choice is the same; with those of the validation split not."
+    study, out = decided
+    def chosen(change):
+        runs = Runs(study, check_task(study, 'decision'), 1)
+        recipe = choose_recipe(runs)
+        first = run_pilots(runs, recipe)
+        for s, by in runs.done.items():
+            for r in by.values():
+                change(s, r['tests'])
+        return first, run_pilots(runs, recipe)
+    def tests(s, t):
+        t['test']['loss_calibrated'] = -t['test']['loss_calibrated']
+    def validation(s, t):
+        t['val']['loss_calibrated'] = -t['val']['loss_calibrated']
+    first, again = chosen(tests)
+    assert first == again and first.n_synthetic == out['source']['n_synthetic']
+    first, again = chosen(validation)
+    assert first != again
+
+def test_the_last_step_has_seeds_that_nothing_was_chosen_on(decided):
+    study, out = decided
+    lines = study.path('runs', 'your_task', 'decision', 'points.jsonl').read_text().splitlines()
+    assert out['gain']['n_seeds'] == out['fresh_seeds'] == 2
+    seeds = {json.loads(x)['config']['seed'] for x in lines}
+    assert seeds == {study.seed('point', k) for k in range(4)}
+
+def test_an_answer_is_found_again_without_a_run(decided, tmp_path):
+    "From what DVC keeps, in a clone that has no other point."
+    study, out = decided
+    shutil.copytree(study.dir, tmp_path/'clone', symlinks=True)
+    clone = Study(tmp_path/'clone')
+    shutil.rmtree(clone.path('build', 'points'))
+    before = clone.path('runs', 'your_task', 'decision', 'points.jsonl').read_bytes()
+    assert run_task(clone, 'decision', 1) == out
+    assert clone.path('runs', 'your_task', 'decision', 'points.jsonl').read_bytes() == before
+
+def test_what_does_not_fit_into_the_minutes_is_left_out_and_said(decided):
+    "The verdict stays what it is about: the last step is made whatever is left out."
+    study, out = decided
+    def asked(minutes):
+        spec = check_task(study, 'decision').model_copy(update=dict(minutes=minutes))
+        runs = Runs(study, spec, 1)
+        recipe = choose_recipe(runs)
+        return runs, run_pilots(runs, recipe)
+    runs, setting = asked(out['minutes']+1)
+    assert not runs.left_out
+    core = replace(Setting('convnext_digits', 20), candidate='rendered', n_synthetic=20)
+    last = [core, Setting('convnext_digits', 20), Setting('convnext_digits', 20, times=2.)]
+    runs.done = {s: by for s, by in runs.done.items()}
+    need = runs.cost(last, range(2, 4))
+    assert need > 0
+    with pytest.raises(StudyError, match='allow more, or a recipe with fewer'):
+        asked(out['minutes']/50)
+
+WRONG = [
+    (dict(photos='rendered'), 'a set of real images'), (dict(candidates=['uci']), 'no such set'),
+    (dict(recipes=['convnext']), 'no such recipe'), (dict(test_split='val'), 'no such test split'),
+    (dict(n_photos=[20, 10]), 'sizes that rise'), (dict(candidates=['digits']), 'sets of generated images'),
+    (dict(real_share=1.), 'real_share is 1.0'), (dict(fresh_seeds=1), 'fresh_seeds is 1'),
+    (dict(minutes=0.), 'minutes is 0'), (dict(recipes=[]), 'recipes is')]
+
+@pytest.mark.parametrize('odd, says', WRONG, ids=[s[:20] for _, s in WRONG])
+def test_a_question_that_cannot_be_is_said(decided, odd, says):
+    study, _ = decided
+    p = study.raw | dict(your_task=dict(decision=QUESTION | odd))
+    assert any(says in text for text in problems(Study(study.dir, p))), problems(Study(study.dir, p))
+
+def test_a_size_that_the_photographs_do_not_have_is_said(decided):
+    study, _ = decided
+    p = study.raw | dict(your_task=dict(decision=QUESTION | dict(n_photos=[100000])))
+    with pytest.raises(StudyError, match='your_task.decision'):
+        check_task(Study(study.dir, p), 'decision')
+
+def test_a_study_without_generated_images_says_what_photographs_give(decided, tmp_path):
+    study, _ = decided
+    shutil.copytree(study.dir, tmp_path/'alone', symlinks=True)
+    edit(tmp_path/'alone', lambda p: p['your_task']['decision'].update(candidates=[]))
+    alone = Study(tmp_path/'alone')
+    out = run_task(alone, 'decision', 1)
+    assert out['verdict'] == '' and 'gain' not in out and len(out['curve']) == 2
+    assert 'no generated images' in said(out)
+    save_model(alone, 'decision', tmp_path/'model')
+    assert {f.name for f in (tmp_path/'model').iterdir()} == {'README.md', 'config.json', 'model.safetensors'}
+    with pytest.raises(StudyError, match='not empty'):
+        save_model(alone, 'decision', tmp_path/'model')
