@@ -1630,6 +1630,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'synthscale.results._numbers': ('results.html#_numbers', 'synthscale/results.py'),
                                     'synthscale.results._read': ('results.html#_read', 'synthscale/results.py'),
                                     'synthscale.results._refuse': ('results.html#_refuse', 'synthscale/results.py'),
+                                    'synthscale.results._run_with': ('results.html#_run_with', 'synthscale/results.py'),
                                     'synthscale.results._sources': ('results.html#_sources', 'synthscale/results.py'),
                                     'synthscale.results._text': ('results.html#_text', 'synthscale/results.py'),
                                     'synthscale.results.check_complete': ('results.html#check_complete', 'synthscale/results.py'),

@@ -782,7 +782,7 @@ def resolved(study: Study    # checked
     out['your_task'] = {n: _dump(t) | dict(recipes={r: recipes[r] for r in t.recipes}, balance=study.classify.balance)
                         for n, t in study.your_task.items()}
     out['names'] = dict(sets=study.sets, curves=list(every), scored=list(out['quality']['sets']),
-                        judged=list(study.quality.clip),
+                        judged=list(study.quality.clip), questions=list(study.your_task),
                         damaged=damaged_pairs(study).to_dict('records'))
     return out
 

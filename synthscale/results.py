@@ -315,6 +315,17 @@ def environments(df: pd.DataFrame,   # rows as in curves.csv
     return pd.DataFrame([*rows.values()])
 
 # %% ../nbs/07a_results.ipynb #c2663c90
+_BY_NAME = ('models', 'adapted', 'evaluators', 'filters', 'merged', 'retrieved', 'your_task')     # sections of that form
+
+def _run_with(study):
+    "Stage -> the names that it is run with."
+    own = {k: list(study.raw.get(k) or {}) for k in _BY_NAME}
+    own['prompts'] = [n for k in ('sets', 'written', 'captions') for n in study.raw.get('prompts', {}).get(k) or {}]
+    own['pools'] = list(study.raw.get('clip', {}).get('pools') or {})
+    trained = [*curves_of(study), *_sources(study)]
+    return own | dict(data=list(study.data.sets), generate=_sources(study), quality=list(scored_sets(study)),
+                      clip_scores=list(study.quality.clip), classify=trained, clip=trained)
+
 def collect(study: Study   # the study
            ) -> pd.DataFrame:
     "Write the tables of results/ that are no fits: curves.csv, which is returned, and what stands beside it."
@@ -326,12 +337,7 @@ def collect(study: Study   # the study
     prune(study.path('runs', 'quality'), [*scored, *(f'{n}.clip.csv' for n in judged)])
     prune(study.path('runs', 'clip_scores'), judged)
     prune(study.path('runs', 'data'), study.sets)
-    own = {k: list(study.raw.get(k, {})) for k in ('models', 'adapted', 'evaluators', 'filters', 'merged', 'retrieved')}
-    own['prompts'] = [n for k in ('sets', 'written', 'captions') for n in study.raw.get('prompts', {}).get(k) or {}]
-    own['pools'] = list(study.raw.get('clip', {}).get('pools') or {})
-    own |= dict(data=list(study.data.sets), generate=_sources(study), quality=scored, clip_scores=judged,
-                classify=list(trained), clip=list(trained))
-    prune_costs(study.path('runs', 'costs'), own)
+    prune_costs(study.path('runs', 'costs'), _run_with(study))
 
     def join(stage, names, file):
         return pd.concat([_read(study, stage, n, file) for n in names], ignore_index=True)

@@ -1,12 +1,12 @@
 "Tables and laws: properties that hold for all inputs, and what is refused."
-import json
+import json, re
 import numpy as np, pandas as pd, pytest
 from hypothesis import assume, given, settings, strategies as st
 from conftest import ROOT, copy_repo, sh
 from synthscale.components import METRICS_FITTED, read_images
 from synthscale.study_curves import curves_of
 from synthscale.laws import compare_slopes, equivalent, fit_curve, fit_ranges, fit_table, seed_slopes
-from synthscale.results import compute_marks, prune, read_curves, summary, t_interval
+from synthscale.results import _run_with, compute_marks, prune, read_curves, summary, t_interval
 from synthscale.study import Study, StudyError
 
 exponents, scales = st.floats(.01, 2), st.floats(1e-3, 1e3)
@@ -137,3 +137,9 @@ def test_the_tables_of_cifar10_follow_from_its_committed_points():
             committed = committed[committed.metric == metric].reset_index(drop=True)
             assert len(committed)
             pd.testing.assert_frame_equal(fitted.replace('', np.nan), committed, rtol=1e-6)
+
+def test_no_stage_is_taken_for_one_that_is_gone():
+    "The stage results deletes the costs of removed stages: each that writes some is known to it."
+    text = (ROOT/'dvc.yaml').read_text()
+    writes = {m for m in re.findall(r'runs/costs/([a-z_]+)-[$][{]key[}].json', text)}
+    assert len(writes) > 10 and writes <= {*_run_with(Study(ROOT))}
