@@ -315,7 +315,7 @@ def environments(df: pd.DataFrame,   # rows as in curves.csv
     return pd.DataFrame([*rows.values()])
 
 # %% ../nbs/07a_results.ipynb #c2663c90
-_BY_NAME = ('models', 'adapted', 'evaluators', 'filters', 'merged', 'retrieved', 'your_task')     # sections of that form
+_BY_NAME = ('models', 'adapted', 'evaluators', 'filters', 'merged', 'retrieved', 'your_task')    # so are their sections
 
 def _run_with(study):
     "Stage -> the names that it is run with."
