@@ -48,7 +48,7 @@ def test_own_tables_are_fitted_and_reported_without_a_clone(site, tmp_path):
 def test_a_study_of_the_wheel_runs_and_notices_another_package(site, tmp_path):
     "No place of the package is in its lock; other code says what it makes stale, a comment makes nothing stale."
     photos(tmp_path/'pets', cat=16, dog=16)
-    run(['synthscale.run', 'new', 'mine', '--images', 'pets', '--image-size', '8', '--budget', '20m', '--seeds', '2'],
+    run(['synthscale.run', 'new', 'mine', '--images', 'pets', '--image-size', '8', '--budget', '240m', '--seeds', '2'],
         tmp_path, site)
     edit(tmp_path/'mine', shorter)
     d, dvc = tmp_path/'mine', ['dvc', 'repro']
