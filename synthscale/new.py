@@ -16,7 +16,8 @@ from .inputs import SPLIT_NAMES, bytes_hash, check_above, files_below, list_hash
 from .pixels import Limits, NearHashes, difference_hash
 from .price import STAGE_S, of_question, price, question_rows, speeds_of
 from .shards import balanced_order, file_names, load_set, read_manifest, split_hash
-from .study import Study, StudyError, file_sha256, package_root, write_atomic, write_csv
+from .study import (IGNORED, Study, StudyError, check_new_folder, file_sha256, package_root, write_atomic,
+                              write_csv)
 
 # %% auto #0
 __all__ = ['pipeline', 'check_place', 'lay_out', 'key_of', 'class_keys', 'ambiguous', 'Found', 'look_into', 'set_aside',
@@ -28,7 +29,6 @@ __all__ = ['pipeline', 'check_place', 'lay_out', 'key_of', 'class_keys', 'ambigu
 _IN_CLONE = '    deps: [params.yaml, "${root}/nbs", "${root}/synthscale"]\n'
 _INSTALLED = ('    deps: [params.yaml]\n'
               '    always_changed: true      # it looks whether the installed package is another one\n')
-_IGNORED = '/build/\n/evaluators/\n/models/\n/runs/\n/sets/\n'       # by git: DVC versions them
 
 def pipeline(text: str    # dvc.yaml of the package
             ) -> str:
@@ -40,11 +40,7 @@ def pipeline(text: str    # dvc.yaml of the package
 def check_place(folder    # of the study that is to be
                ):
     "Raise `StudyError` unless a study can be laid out there."
-    folder = Path(folder).resolve()
-    if not re.fullmatch(r'[A-Za-z0-9_+-]+', folder.name):
-        raise StudyError.at('the name of a study', folder.name,
-                            'letters, digits, _, + and - only, because it is used in names of stages')
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise StudyError(f"{folder}: not empty")
+    folder = check_new_folder(folder)
     if any((p/'dvc.yaml').exists() for p in folder.parents if p == package_root()):
         raise StudyError(f"{folder}: inside a clone of synthscale, where 'synthscale new-study' lays out studies")
 
@@ -63,7 +59,7 @@ def lay_out(folder,        # is made
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder/'params.yaml', params)
     write_atomic(folder/'dvc.yaml', pipeline((root/'dvc.yaml').read_text()))
-    write_atomic(folder/'.gitignore', _IGNORED)
+    write_atomic(folder/'.gitignore', ''.join(f'/{n}/\n' for n in IGNORED))
     inside = _git_above(folder)
     if not inside:
         subprocess.run(['git', 'init', '-q'], cwd=folder, check=True)

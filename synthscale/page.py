@@ -13,7 +13,7 @@ import numpy as np
 from . import __version__
 from .own import own_pairs, own_table
 from .primary import outcome
-from .report import Words, headline_curves, read_grid, style, study_styles, words_of
+from .report import Words, headline_curves, read_grid, style, study_styles, words_of, words_of_own
 from .results import summary
 from .study import Study, StudyError, write_atomic, write_csv
 from .study_curves import curves_of
@@ -251,11 +251,10 @@ def own_content(curves,                # path of a curves.csv with curve, n_imag
     own = own_table(curves, metric, kind)
     df, names = own.df.assign(metric='loss'), list(dict.fromkeys(own.df.curve))
     write_csv(Path(out)/'summary.csv', summary(df))
-    plain = own.kind == 'loss' and own.metric == 'loss'
-    said = Words() if plain else Words(metric='error rate' if own.kind != 'loss' else own.metric.replace('_', ' '))
     pairs = own_pairs(own.df, reference, compare, curves)
-    return Content(Path(curves).stem, Book(out), said, 'loss', own.metric, list(df.test_set.unique()), names,
-                   style(names), pairs=pairs, where='')
+    tests = list(df.test_set.unique())
+    return Content(Path(curves).stem, Book(out), words_of_own(own), 'loss', own.metric, tests, names, style(names),
+                   pairs=pairs, where='')
 
 # %% ../nbs/09b_page.ipynb #0f236552
 _POWER = '<span class="num">n<sup>-k</sup></span>'
@@ -1014,14 +1013,11 @@ def write_page(study: Study    # with its tables in results/
     write_atomic(path, page(study_content(study)))
     return path
 
-def write_own_page(curves,                # path of a curves.csv with curve, n_images, value
-                   out,                   # folder with the tables that `synthscale laws` wrote
-                   metric: str = '',      # as for `own_table`
-                   kind: str = '',        # as for `own_table`
-                   reference: str = '',   # as for `own_pairs`
-                   compare: str = ''      # as for `own_pairs`
+def write_own_page(curves,     # path of a curves.csv with curve, n_images, value
+                   out,        # folder with the tables that `synthscale laws` wrote
+                   **given     # metric, kind, reference and compare, as for `own_content`
                   ) -> Path:
     "Write page.html of a table of one's own, and summary.csv, whose rows it names."
     path = Path(out)/'page.html'
-    write_atomic(path, page(own_content(curves, out, metric, kind, reference, compare)))
+    write_atomic(path, page(own_content(curves, out, **given)))
     return path

@@ -25,7 +25,7 @@ __all__ = ['METRICS', 'ReportSection', 'labels_of', 'Words', 'words_of', 'style'
            'loss_colours', 'factor_table', 'plot_guidance', 'plot_prompt_sets', 'plot_generators', 'plot_quality',
            'plot_relations', 'plot_damage', 'class_means', 'plot_classes', 'read_grid', 'plot_samples', 'Tables',
            'headline', 'predictions', 'cost_table', 'headline_curves', 'plot_table', 'make_report', 'study_styles',
-           'report_table']
+           'words_of_own', 'report_table']
 
 # %% ../nbs/09_report.ipynb #4ce38288
 class ReportSection(Section):
@@ -1041,6 +1041,12 @@ def _sample_figure(study, words):
     _figure(study.path('figures')/'samples.png', plot_samples, panels, width=3.2, height=3.4, columns=3)
 
 # %% ../nbs/09_report.ipynb #d5e78010
+def words_of_own(own    # as `own_table` gives it
+                ) -> Words:
+    "What figures of a table of one's own say: the metric by its name, accuracies as error rates."
+    if own.kind == own.metric == 'loss': return Words()
+    return Words(metric='error rate' if own.kind != 'loss' else own.metric.replace('_', ' '))
+
 def report_table(curves,                # path of a curves.csv with curve, n_images, value
                  out,                   # folder for figures, headline.json and, where a row is not used, not_used.csv
                  metric: str = '',      # as for `own_table`
@@ -1056,9 +1062,7 @@ def report_table(curves,                # path of a curves.csv with curve, n_ima
     equivalents = equivalent_table(with_n(df), pairs)
     say(own, out)
     t = Tables(given=dict(summary=summary(df), laws=laws, comparisons=comparisons, exchange=equivalents))
-    words = Words()
-    if own.kind != 'loss' or own.metric != 'loss':
-        words = Words(metric='error rate' if own.kind != 'loss' else own.metric.replace('_', ' '))
+    words = words_of_own(own)
     for test in df.test_set.unique():
         _figure(out/f'scaling_{test}.png', plot_scaling, [(t.means, laws, test, style(names), None, words)])
     h = headline(t) | {'metric': own.metric}         # as a loss, or turned into error rates

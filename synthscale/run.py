@@ -12,8 +12,8 @@ from .doctor import check_name, doctor, holder, keep_good, repro
 from .hashing import closure_hashes
 from .stages import (RUN_HEADING, code_only, live_notebook, modules_of, normalise, notebook_bytes,
                                stage_notebooks, stage_of as stage_of, without_directives)
-from .study import (INSTALLED, Study, StudyError, die_with_parent, file_sha256, nearest, package_root,
-                              repo_root, write_atomic, write_csv)
+from .study import (IGNORED, INSTALLED, Study, StudyError, check_new_folder, die_with_parent, file_sha256,
+                              nearest, package_root, repo_root, write_atomic, write_csv)
 import nbformat
 
 # %% auto #0
@@ -324,16 +324,11 @@ def readme(root='.'    # repository, or the folder of a study that has a finding
     return write_atomic(root/'README.md', text)
 
 # %% ../nbs/00a_run.ipynb #c40bcf40
-_IGNORED = '/build/\n/data/\n/evaluators/\n/models/\n/runs/\n/sets/\n'     # by git: DVC versions them
-
 def check_new(folder,   # absolute path of the study's folder
               root      # of the repository
              ):
     "Raise `StudyError` unless a study can be laid out there."
-    if not re.fullmatch(r'[A-Za-z0-9_+-]+', folder.name):
-        raise StudyError.at('the name of a study', folder.name,
-                            'letters, digits, _, + and - only, because it is used in names of stages')
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise StudyError(f"{folder}: not empty")
+    check_new_folder(folder)
     if root not in folder.parents:
         raise StudyError(f"{folder}: a study is inside the repository {root}, usually in studies/")
     inside = subprocess.run(['git', 'rev-parse', '--is-inside-work-tree'], cwd=root, capture_output=True, text=True)
@@ -352,7 +347,7 @@ def new_study(folder,        # studies/NAME inside a clone of this repository
     text = re.sub(r'^root: \S+', f'root: {os.path.relpath(root, folder)}', (root/'params.yaml').read_text(), flags=re.M)
     named = re.sub(r'^(  name: )\S+', rf'\g<1>"{folder.name}"', text, count=1, flags=re.M)     # 2026 would be a number
     (folder/'params.yaml').write_text(named)
-    (folder/'.gitignore').write_text(_IGNORED)
+    (folder/'.gitignore').write_text(''.join(f'/{n}/\n' for n in sorted([*IGNORED, 'data'])))
     subprocess.run([sys.executable, '-m', 'dvc', 'init', '--subdir', '-q'], cwd=folder, check=True)
     shutil.copy(root/'.dvcignore', folder/'.dvcignore')
     shutil.copytree(root/'.dvc'/'plots', folder/'.dvc'/'plots')

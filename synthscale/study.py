@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_study.ipynb #11e03a90
 from __future__ import annotations
-import difflib, errno, functools, hashlib, importlib, json, os, reprlib, shutil, threading, time
+import difflib, errno, functools, hashlib, importlib, json, os, re, reprlib, shutil, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Union, get_args, get_origin
@@ -13,10 +13,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 # %% auto #0
-__all__ = ['Ident', 'Key', 'Count', 'Positive', 'Rate', 'SECTIONS', 'INSTALLED', 'StudyError', 'FatalError', 'nearest', 'Section',
-           'StudyInfo', 'fields_at', 'validated', 'read_yaml', 'section_class', 'package_root', 'Study', 'repo_root',
-           'derive_seed', 'atomic_file', 'write_atomic', 'link_or_copy', 'file_sha256', 'write_csv', 'note_made',
-           'made_before', 'die_with_parent']
+__all__ = ['Ident', 'Key', 'Count', 'Positive', 'Rate', 'SECTIONS', 'INSTALLED', 'IGNORED', 'StudyError', 'FatalError', 'nearest',
+           'Section', 'StudyInfo', 'fields_at', 'validated', 'read_yaml', 'section_class', 'package_root',
+           'check_new_folder', 'Study', 'repo_root', 'derive_seed', 'atomic_file', 'write_atomic', 'link_or_copy',
+           'file_sha256', 'write_csv', 'note_made', 'made_before', 'die_with_parent']
 
 # %% ../nbs/00_study.ipynb #30882720
 def _short_repr(value):
@@ -201,6 +201,18 @@ def package_root() -> Path:
     "The folder that holds this package's notebooks and pipeline: the clone, or what the wheel brought along."
     brought = _package()/'_study'
     return brought if brought.is_dir() else _package().parent
+
+IGNORED = ('build', 'evaluators', 'models', 'runs', 'sets')      # folders of a study that DVC versions and git ignores
+
+def check_new_folder(folder    # of a study that is to be
+                    ) -> Path: # absolute
+    "Raise `StudyError` unless the folder has a name for a study and nothing in it."
+    folder = Path(folder).resolve()
+    if not re.fullmatch(r'[A-Za-z0-9_+-]+', folder.name):
+        raise StudyError.at('the name of a study', folder.name,
+                            'letters, digits, _, + and - only, because it is used in names of stages')
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise StudyError(f"{folder}: not empty")
+    return folder
 
 # %% ../nbs/00_study.ipynb #610bd0f6
 class Study:

@@ -34,7 +34,7 @@ class TaskSpec(Section):
     photos: Ident                    # a set of real images; all of its training images are used
     candidates: list[Ident] = []     # sets of generated images: under data.sets, or sources
     recipes: Annotated[list[Ident], Field(min_length=1)]       # the anchors; the best on the photographs alone is used
-    test_split: Ident                # under classify.eval: read once, for the verdict
+    test_split: Ident                # under classify.eval: for the verdict; nothing is chosen on it
     n_photos: Annotated[list[Positive], Field(min_length=1)]   # sizes of the person's own curve; the largest is all
     n_pilot: Union[Positive, None] = None      # generated images in a pilot; null: as many as photographs, or all
     n_more: list[Positive] = []      # more generated images, for the best two candidates
@@ -72,13 +72,14 @@ def setting_point(spec: TaskSpec,    # the question
     return Point(setting.recipe, spec.photos, setting.candidate, setting.n_real, setting.n_synthetic, seed,
                  float(setting.times), spec.real_share if mixed else None, 1., balance, mixed)
 
+_LONGER = 'the photographs alone, trained as long'
+
 def controls_of(spec: TaskSpec,    # the question
                 setting: Setting   # with generated images
                ) -> dict:          # words -> Setting
     "The photographs alone, and trained as long as the mixture."
     alone = Setting(setting.recipe, setting.n_real)
-    return {'the photographs alone': alone,
-            'the photographs alone, trained as long': replace(alone, times=1/spec.real_share)}
+    return {'the photographs alone': alone, _LONGER: replace(alone, times=1/spec.real_share)}
 
 # %% ../nbs/10_your_task.ipynb #0d6c9f8f
 @dataclass
@@ -504,7 +505,8 @@ def recommended(out: dict    # contents of results/NAME.json
     n = out['photos']['n']
     if out['verdict'] == 'generate':
         return Setting(out['recipe'], n, out['source']['set'], out['source']['n_synthetic'])
-    return Setting(out['recipe'], n)
+    longer = out['verdict'] and out['gain']['against'] == _LONGER
+    return Setting(out['recipe'], n, times=1/(1-out['source']['share']) if longer else 1.)
 
 def _card(study, out, setting, measured, licence):
     "README.md of a model."

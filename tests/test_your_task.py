@@ -1,6 +1,5 @@
 "The verdict: how often it is wrong on simulated runs, what it may look at, the cap on time, and what is refused."
 import json, shutil
-from dataclasses import replace
 import numpy as np, pytest
 from conftest import edit
 from hypothesis import given, settings, strategies as st
@@ -10,7 +9,8 @@ from synthscale.params import problems
 from synthscale.recipes import pack_values
 from synthscale.smoke import make_inputs, smoke_params
 from synthscale.study import Study, StudyError, write_atomic
-from synthscale.your_task import Runs, Setting, check_task, choose_recipe, run_pilots, run_task, said, save_model
+from synthscale.your_task import (Runs, Setting, _last_step, check_task, choose_recipe, run_pilots, run_task, said,
+                                  save_model)
 
 QUESTION = dict(photos='digits', candidates=['rendered'], recipes=['convnext_digits'], test_split='test',
                 n_photos=[10, 20], n_pilot=20, n_more=[40], seeds=2, fresh_seeds=2)
@@ -158,22 +158,20 @@ def test_an_answer_is_found_again_without_a_run(decided, tmp_path):
     assert clone.path('runs', 'your_task', 'decision', 'points.jsonl').read_bytes() == before
 
 def test_what_does_not_fit_into_the_minutes_is_left_out_and_said(decided):
-    "The verdict stays what it is about: the last step is made whatever is left out."
+    "Pilots come first, larger sizes only if the last step still fits behind them; with less there is no verdict."
     study, out = decided
+    spec = check_task(study, 'decision')
     def asked(minutes):
-        spec = check_task(study, 'decision').model_copy(update=dict(minutes=minutes))
-        runs = Runs(study, spec, 1)
-        recipe = choose_recipe(runs)
-        return runs, run_pilots(runs, recipe)
-    runs, setting = asked(out['minutes']+1)
-    assert not runs.left_out
-    core = replace(Setting('convnext_digits', 20), candidate='rendered', n_synthetic=20)
-    last = [core, Setting('convnext_digits', 20), Setting('convnext_digits', 20, times=2.)]
-    runs.done = {s: by for s, by in runs.done.items()}
-    need = runs.cost(last, range(2, 4))
-    assert need > 0
+        runs = Runs(study, spec.model_copy(update=dict(minutes=minutes)), 1)
+        return runs, run_pilots(runs, choose_recipe(runs))
+    runs = Runs(study, spec, 1)
+    pilot = Setting(choose_recipe(runs), 20, 'rendered', 20)
+    enough = runs.spent+runs.cost([pilot], range(2))+runs.cost(*_last_step(runs, pilot))
+    assert not asked(10*enough)[0].left_out
+    runs, chosen = asked(1.001*enough)
+    assert runs.left_out == ['20 photographs and 40 of rendered'] and chosen == pilot
     with pytest.raises(StudyError, match='allow more, or a recipe with fewer'):
-        asked(out['minutes']/50)
+        asked(enough/50)
 
 WRONG = [
     (dict(photos='rendered'), 'a set of real images'), (dict(candidates=['uci']), 'no such set'),
