@@ -63,6 +63,11 @@ class ClipRecipe(Section):
     ema: Literal[0] = 0              # open_clip trains without
     precision: Literal['no', 'bf16', 'fp16'] = 'no'        # of the towers' arithmetic; weights and loss in float32
 
+    @property
+    def crop_size(self) -> Union[int, None]:
+        "Pixels per side of the middle that the network receives; None: the whole image."
+        return self.input_size
+
     def samples_seen(self, n_pairs: int) -> int:
         "Pairs shown in training at this many captions, in whole batches."
         shown = self.samples_seen_at_100*(n_pairs/100)**self.samples_seen_power

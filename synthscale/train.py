@@ -19,10 +19,10 @@ from .study import StudyError, derive_seed, nearest, write_atomic
 
 # %% auto #0
 __all__ = ['create_net', 'n_parameters', 'cifar_stem', 'passes', 'Mix', 'index_stream', 'scaled', 'to_float', 'crop', 'augment',
-           'timm_transform', 'StreamDataset', 'centre', 'iter_batches', 'lr_factor', 'parameter_groups',
-           'create_optimizer', 'mixup_fn', 'losses', 'accelerator', 'image_weights', 'backward', 'train_net', 'logits',
-           'temperature', 'calibration_error', 'measure', 'Best', 'train_and_measure', 'save_net', 'load_net',
-           'features']
+           'timm_transform', 'StreamDataset', 'centre', 'iter_batches', 'feature_batches', 'lr_factor',
+           'parameter_groups', 'create_optimizer', 'mixup_fn', 'losses', 'accelerator', 'image_weights', 'backward',
+           'train_net', 'logits', 'temperature', 'calibration_error', 'measure', 'Best', 'train_and_measure',
+           'save_net', 'load_net', 'features']
 
 # %% ../nbs/01a_train.ipynb #78ebc7f7
 def create_net(arch: Arch,      # timm name and keyword arguments
@@ -249,11 +249,6 @@ def iter_batches(images,            # array n x h x w x c, or anything with imag
         ):                  # yields float batches, channels first
     "The images of each batch of a stream, from step `start` on; draws nothing from the global random numbers."
     stream = torch.as_tensor(stream)
-    if recipe.is_probe:                      # features, which are neither scaled nor varied
-        x = torch.tensor(np.asarray(images), device=device)
-        for i in stream[start:].to(device):
-            yield x[i]
-        return
     channels = images[0].shape[-1]
     size = recipe.crop_size or images[0].shape[0]
     transform = timm_transform(recipe, size, channels)
@@ -270,6 +265,17 @@ def iter_batches(images,            # array n x h x w x c, or anything with imag
     for x in loader:
         x = x.to(device, non_blocking=True)
         yield x if transform is not None else centre(scaled(x), size)
+
+# %% ../nbs/01a_train.ipynb #2f9923d6
+def feature_batches(features,      # array n x d, of a frozen backbone
+                    stream,        # steps x batch: positions of all that this process shows
+                    start: int,    # first step
+                    device='cpu'   # torch device
+                   ):              # yields float batches
+    "The features of each batch of a stream, from step `start` on: they are neither scaled nor varied."
+    x = torch.tensor(np.asarray(features), device=device)
+    for i in torch.as_tensor(stream)[start:].to(device):
+        yield x[i]
 
 # %% ../nbs/01a_train.ipynb #da7f3d52
 def lr_factor(step: int,                        # from 0
@@ -407,7 +413,9 @@ def train_net(net,                     # changed in place
     def lr_at(step):
         return recipe.optimizer.lr*lr_factor(step, steps, recipe.schedule)
     loop = Loop(net, opt, steps, lr_at, seed, recipe.optimizer.clip, average, state, every, acc=acc)
-    batches = iter_batches(images, stream[:, part], recipe, derive_seed(seed, 'rank', rank), loop.start, acc.device)
+    own = stream[:, part]
+    batches = (feature_batches(images, own, loop.start, acc.device) if recipe.is_probe else
+               iter_batches(images, own, recipe, derive_seed(seed, 'rank', rank), loop.start, acc.device))
     def step_fn(step, generator):
         i = stream[step, part].to(acc.device)
         x, target = augment(next(batches), recipe.augment, generator, part, b), y[i]

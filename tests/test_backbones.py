@@ -205,7 +205,7 @@ def test_an_evaluator_that_is_a_backbone_is_checked_before_anything_runs():
         classes=DIGITS | dict(nine=[10]))
     assert "is '9-8': expected indices" in faults(classes=DIGITS | dict(nine=['9-8']))
     assert "exactly one of the two, found both" in faults(recipe='convnext_digits')
-    assert 'models.small.sha256 is missing: evaluators.judge uses' in faults(model=dict(sha256=''))
+    assert 'models.small.sha256 is missing: evaluators.judge.backbone uses' in faults(model=dict(sha256=''))
     assert 'has no head' in faults(model=dict(n_classes=0))
     assert 'expected 3 numbers' in faults(model=dict(mean=[.5]))
 

@@ -54,7 +54,7 @@ def test_everything_that_is_passed_over_is_listed_with_its_reason(pets, capsys):
     assert set(rows) == {f'pets/{n}' for n in names}
     assert 'outside the folders' in rows['pets/cover.jpg'] and 'macOS' in rows['pets/dog/._1.png']
     said = capsys.readouterr().out
-    assert said.startswith('pets: 20 images; ') and '3 no image by its ending' in said
+    assert said.startswith('pets: 20 images; ') and '2 no image by its ending' in said and '1 hidden' in said
     before = (pets/'runs'/'data'/'pets'/'left_out.csv').read_bytes()
     build(pets)
     assert (pets/'runs'/'data'/'pets'/'left_out.csv').read_bytes() == before and b'0x' not in before

@@ -15,10 +15,15 @@ MINIS = {'mini_sd': ('vae', 'unet'), 'mini_if': ('unet',), 'mini_muse': ('vq', '
 def machine():
     "What decides the last bits: the processor and the libraries."
     from importlib.metadata import version
+    import torch
     try:
-        cpu = next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    except (OSError, StopIteration):
+        lines = [line.split(':') for line in open('/proc/cpuinfo') if ':' in line]
+        about = {k.strip(): v.strip() for k, v in reversed(lines)}
+        cpu = ', '.join(f'{k} {about[k]}' for k in ('model name', 'cpu family', 'model'))
+    except (OSError, KeyError):
         cpu = platform.processor()
+    # a virtual machine often says less than its processor is: two that are called "AMD EPYC" differ in what they can do
+    cpu = f'{cpu}, {torch.backends.cpu.get_cpu_capability()}'
     packages = ('torch', 'timm', 'open_clip_torch', 'diffusers', 'transformers', 'numpy')
     return dict(cpu=cpu, arch=platform.machine(), **{p: version(p) for p in packages})
 
