@@ -7,12 +7,13 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import stdtrit
 from .components import Contrast, contrast, effect, holm, slope_weights
+from .forecast import forecast, make_curve
 from .recipes import unpack_values
 
 # %% auto #0
 __all__ = ['VERDICTS', 'image_values', 'split_mean', 'loss_gain', 'rate_gain', 'verdict_of', 'weakest', 'percent',
            'verdict_words', 'what_would_tell', 'would_change', 'class_gains', 'own_slope', 'more_photos', 'photos_for',
-           'after_photos']
+           'after_photos', 'forecast_photos']
 
 # %% ../nbs/07n_decision.ipynb #ae958e99
 def image_values(record: dict,   # of a point
@@ -185,3 +186,18 @@ def after_photos(n: int,      # photographs there are
     "What the next photographs would do to the loss, along the person's own curve."
     r = {k: float((1+more/n)**-slope[k]) for k in ('k', 'ci_lo', 'ci_hi')}
     return dict(what='photographs', n=more, ratio=r['k'], ci_lo=r['ci_hi'], ci_hi=r['ci_lo'])
+
+# %% ../nbs/07n_decision.ipynb #ab95f8f0
+def forecast_photos(curve: dict,      # images -> seed -> record
+                    split: str,       # measured on it
+                    more: list,       # photographs that are added to the largest size, one number for each forecast
+                    level: float = .95  # of the intervals, as of those beside it
+                   ) -> list:         # one dict a number: n_photos, loss, ci_lo, ci_hi; empty with fewer than two sizes
+    "The loss that the person's own curve leads one to expect, of as many runs as the largest size has."
+    if len(curve) < 2: return []
+    rows = [(n, s, image_values(r, split, 'loss_calibrated')) for n, by in curve.items() for s, r in by.items()]
+    n, seed, each = zip(*rows)
+    se = [v.std(ddof=1)/np.sqrt(len(v)) for v in each]
+    c = make_curve(n, [max(v.mean(), 1e-9) for v in each], seed, se, 'photographs')
+    t = forecast(c, at=[max(n)+k for k in more], level=level, seeds=len(curve[max(n)])).table
+    return [dict(n_photos=round(r.n), loss=r.loss, ci_lo=r.ci_lo, ci_hi=r.ci_hi) for r in t.itertuples()]

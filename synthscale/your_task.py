@@ -14,8 +14,8 @@ from pydantic import Field
 from .classify import (arch_of, bring_points, check_leak, run_points, samples_shown, split_of, split_rows,
                                  tested_rows, trained_net, usable_processes, write_points)
 from .curves import Point
-from .decision import (after_photos, class_gains, loss_gain, own_slope, photos_for, rate_gain, split_mean,
-                                 verdict_of, verdict_words, weakest, would_change)
+from .decision import (after_photos, class_gains, forecast_photos, loss_gain, own_slope, photos_for,
+                                 rate_gain, split_mean, verdict_of, verdict_words, weakest, would_change)
 from .exchange import fit_mixture, jackknife, marginal
 from .quality import copies_of, recognized
 from .shards import check_subset, load_set
@@ -428,7 +428,8 @@ def run_task(study: Study,      # the study
     reserve = runs.cost(*_last_step(runs, likely)) if likely else 0.
     chosen = run_pilots(runs, recipe)
     curve = run_curve_of_photos(runs, recipe, reserve)
-    out = dict(name=name, photos=dict(set=spec.photos, n=n, n_test=_n_test(study, spec)), recipe=recipe)
+    out = dict(name=name, photos=dict(set=spec.photos, n=n, n_test=_n_test(study, spec)), recipe=recipe,
+               forecast=forecast_photos(curve, spec.test_split, sorted({100, n, 3*n})))
     if chosen:
         _run_grid(runs, chosen, reserve)
         out |= answer(runs, chosen, curve)
@@ -456,12 +457,20 @@ def _write(runs, name, out, chosen):
     return plain
 
 # %% ../nbs/10_your_task.ipynb #90b63424
+def _ahead(out):
+    "What the photographs alone are expected to give with a hundred more of them, as a list of at most one line."
+    n = out['photos']['n']
+    now = [c['loss'] for c in out['curve'] if c['n_photos'] == n]
+    return [f"photographs alone: loss {now[0]:.3f} with {n:,}; {f['loss']:.3f} [{f['ci_lo']:.3f}, {f['ci_hi']:.3f}] "
+            f"expected with {f['n_photos']:,}" for f in out['forecast'] if now and f['n_photos'] == n+100]
+
 def said(out: dict    # contents of results/NAME.json
         ) -> str:
     "The answer as a few lines of text."
+    ahead = _ahead(out)
     if not out['verdict']:
-        return f"{out['why']}\n"+'\n'.join(f"  {a['recipe']} ({a['arch']}): top-1 {a['top1']:.1%}, loss {a['loss']:.2f}"
-                                           for a in out['anchors'])
+        each = [f"  {a['recipe']} ({a['arch']}): top-1 {a['top1']:.1%}, loss {a['loss']:.2f}" for a in out['anchors']]
+        return '\n'.join([out['why'], *each, *ahead])
     g, s = out['gain'], out['source']
     what = f"{s['label']}, {s['n_synthetic']:,} images, {s['share']:.0%} of what is shown"
     top1 = f"top-1 {g['top1']:+.1%} [{g['top1_lo']:+.1%}, {g['top1_hi']:+.1%}]"
@@ -471,6 +480,7 @@ def said(out: dict    # contents of results/NAME.json
         lines.append(f"as much as {out['photos_for_same_gain']['words']}")
     lines += [f"the next {x['n']:,} {x['what']}: loss x {x['ratio']:.3f}"
               + (f" [{x['ci_lo']:.3f}, {x['ci_hi']:.3f}]" if x['ci_lo'] is not None else '') for x in out['next']]
+    lines += ahead
     for words in ('gains', 'loses'):
         these = [c['class'] for c in out['classes'] if c['words'] == words]
         if these:
