@@ -138,15 +138,20 @@ class Runs:
         every = [r['made']['wall_s'] for by in self.done.values() for r in by.values()]
         return sum(every)/usable_processes(self.workers)/60
 
+    def has_time(self,
+                 minutes: float    # of what is to be run
+                ) -> bool:
+        "Whether there is time."
+        return self.spec.minutes is None or self.spent+minutes <= self.spec.minutes
+
     def fits(self,
              minutes: float,    # of what is to be run
              what: str          # it, in words
             ) -> bool:
         "Whether there is time; what does not fit is noted."
-        good = self.spec.minutes is None or self.spent+minutes <= self.spec.minutes
-        if not good:
-            self.left_out.append(what)
-        return good
+        if self.has_time(minutes): return True
+        self.left_out.append(what)
+        return False
 
 # %% ../nbs/10_your_task.ipynb #a7f0c8df
 def _validation_loss(runs: Runs,       # of the question
@@ -187,15 +192,28 @@ def choose_recipe(runs: Runs    # of the question
     spec, n = runs.spec, max(runs.spec.n_photos)
     anchors = [Setting(r, n) for r in spec.recipes]
     runs.add(anchors, range(1))                              # of each one run, which says what it costs
-    kept = []
-    for a in anchors:
-        longest = replace(a, times=1/spec.real_share)        # stands for a mixture, which is shown as much
-        need = runs.cost([a], range(spec.seeds))+runs.cost([longest], range(2*spec.fresh_seeds+spec.seeds))
-        if runs.fits(need, f'recipe {a.recipe}: with it, the rest would not fit into the time'):
-            kept.append(a)
+    kept = [a for a in anchors if runs.fits(runs.cost([a], range(spec.seeds))+_rest(runs, a),
+                                            f'recipe {a.recipe}: with it, the rest would not fit into the time')]
     if not kept: raise StudyError(_too_short(runs, anchors))
     runs.add(kept, range(spec.seeds))
-    return min(kept, key=lambda a: _validation_loss(runs, a)).recipe
+    best = min(kept, key=lambda a: _validation_loss(runs, a))
+    _other_anchors(runs, [a for a in anchors if a not in kept], best)
+    return best.recipe
+
+def _rest(runs, anchor):
+    "Minutes of what follows with a recipe at least: pilots of one candidate, and the choice measured again."
+    longest = replace(anchor, times=1/runs.spec.real_share)      # stands for a mixture, which is shown as much
+    return runs.cost([longest], range(2*runs.spec.fresh_seeds+runs.spec.seeds))
+
+def _other_anchors(runs, others, best):
+    "Recipes that the question cannot be asked with are still compared on the photographs, and a better one is named."
+    for a in others:
+        if runs.has_time(runs.cost([a], range(runs.spec.seeds))+_rest(runs, best)):
+            runs.add([a], range(runs.spec.seeds))
+        mine, chosen = _validation_loss(runs, a), _validation_loss(runs, best)
+        if mine < chosen:
+            runs.left_out.append(f'recipe {a.recipe} is better on the photographs alone (validation loss {mine:.3f}, '
+                                 f'{best.recipe} {chosen:.3f}): the answer may be another with more minutes')
 
 def _too_short(runs, anchors):
     "How much time the cheapest recipe needs."

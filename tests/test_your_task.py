@@ -183,6 +183,33 @@ def test_what_does_not_fit_into_the_minutes_is_left_out_and_said(decided, tmp_pa
     with pytest.raises(StudyError, match='allow more, or a recipe with fewer'):
         asked(enough/50)
 
+def test_a_recipe_that_takes_too_long_is_still_compared_on_the_photographs(decided, tmp_path):
+    "As far as there is time; and it is said if it is better."
+    study = at_equal_speed(decided[0], tmp_path/'copy')
+    p = json.loads(study.path('params.yaml').read_text())
+    slow = p['recipes']['convnext_digits']
+    p['recipes']['slow'] = slow | dict(samples_seen_at_100=8*slow['samples_seen_at_100'])
+    p['your_task']['decision'] |= dict(recipes=['convnext_digits', 'slow'])
+    write_atomic(study.path('params.yaml'), json.dumps(p))
+    spec = check_task(Study(study.dir), 'decision')
+    everything = Runs(Study(study.dir), spec, 1)
+    choose_recipe(everything)
+    study = at_equal_speed(everything.study, tmp_path/'all')
+    def asked(times):
+        "With a multiple of the minutes of one short run."
+        one = Runs(study, spec, 1)
+        one.add([Setting('convnext_digits', 20)], range(1))
+        runs = Runs(study, spec.model_copy(update=dict(minutes=times*one.spent)), 1)
+        chosen = choose_recipe(runs)
+        return chosen, len(runs.done[Setting('slow', 20)]), runs.left_out
+    assert everything.left_out == [] and asked(1000)[2] == []
+    # 2 + 16 for the anchors, and for what follows 12 with the short recipe or 96 with the long one
+    chosen, n, left_out = asked(40)
+    assert (chosen, n) == ('convnext_digits', 2) and 'recipe slow: with it, the rest would not fit' in left_out[0]
+    better = choose_recipe(everything) == 'slow'
+    assert len(left_out) == 1+better and all('slow is better on the photographs' in x for x in left_out[1:])
+    assert asked(25)[:2] == ('convnext_digits', 1)
+
 WRONG = [
     (dict(photos='rendered'), 'a set of real images'), (dict(candidates=['uci']), 'no such set'),
     (dict(recipes=['convnext']), 'no such recipe'), (dict(test_split='val'), 'no such test split'),
