@@ -286,6 +286,7 @@ def _source_of(study, chosen, share):
         about = dict(pool=found.pool, backbone=found.backbone)
     return dict(set=chosen.candidate, label=words, n_synthetic=chosen.n_synthetic, share=1-share) | about
 
+# %% ../nbs/10_your_task.ipynb #f6b9d707
 def answer(runs: Runs,       # of the question
            chosen: Setting,  # with a candidate's images
            curve: dict       # images -> seed -> record
