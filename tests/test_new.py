@@ -613,8 +613,8 @@ def test_a_pool_of_more_of_the_same_is_retrieved_and_decided_on(net, tmp_path):
                 at = tmp_path/place/dict(pets=c, made=other, pool='')[place]
                 at.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(tile).save(at/f'{c}{i}.png')
-    said = sh(['synthscale', 'new', 'mine', '--images', 'pets', '--candidates', 'made', '--pool', 'pool', '--backbone', net,
-               '--image-size', '32', '--budget', '240m', '--seeds', '2'], tmp_path)
+    said = sh(['synthscale', 'new', 'mine', '--images', 'pets', '--candidates', 'made', '--pool', 'pool', '--backbone',
+               net, '--image-size', '32', '--budget', '240m', '--seeds', '2'], tmp_path)
     assert 'photos of pool are retrieved for each class' in said and 'nearest photos of pool' in said
     edit(tmp_path/'mine', quick)
     study, answered = Study(tmp_path/'mine'), sh('dvc repro', tmp_path/'mine')
