@@ -10,8 +10,9 @@ from pydantic import Field
 from .study import Count, Ident, Key, Positive, Rate, Section, Study, StudyError, nearest
 
 # %% auto #0
-__all__ = ['EvalSpec', 'OneSetCurve', 'MixtureCurve', 'ClassifySection', 'CurveSpec', 'is_synthetic', 'label_curves_of', 'Point',
-           'curve_points', 'checked_sizes', 'samples_of', 'ScoredSet', 'ClipScore', 'QualitySection', 'scored_sets']
+__all__ = ['EvalSpec', 'OneSetCurve', 'MixtureCurve', 'ClassifySection', 'CurveSpec', 'is_synthetic', 'kind_of',
+           'label_curves_of', 'Point', 'curve_points', 'checked_sizes', 'samples_of', 'ScoredSet', 'ClipScore',
+           'QualitySection', 'scored_sets']
 
 # %% ../nbs/00g_curves.ipynb #a3000007
 _Sizes = Annotated[list[Count], Field(min_length=1)]
@@ -138,6 +139,13 @@ def is_synthetic(study: Study,  # the study
     if name in study.raw.get('retrieved', {}): return is_synthetic(study, study.retrieved[name].pool)
     if name not in study.data.sets: raise StudyError(f"no image set {name!r}{nearest(name, study.sets)}")
     return study.data.sets[name].is_synthetic
+
+def kind_of(study: Study,  # the study
+            name: str      # of an image set
+           ) -> str:       # generated, retrieved or labelled
+    "Whether images are generated, photos of a pool with labels that nobody gave, or photos that people labelled."
+    if is_synthetic(study, name): return 'generated'
+    return 'retrieved' if name in study.raw.get('retrieved', {}) else 'labelled'
 
 def _common(study, c):
     "The fields that every curve has, with the section's defaults."

@@ -11,9 +11,9 @@ from .forecast import forecast, make_curve
 from .recipes import unpack_values
 
 # %% auto #0
-__all__ = ['VERDICTS', 'image_values', 'split_mean', 'loss_gain', 'rate_gain', 'verdict_of', 'weakest', 'percent',
-           'verdict_words', 'what_would_tell', 'would_change', 'class_gains', 'own_slope', 'more_photos', 'photos_for',
-           'after_photos', 'forecast_photos']
+__all__ = ['VERDICTS', 'KINDS', 'image_values', 'split_mean', 'loss_gain', 'rate_gain', 'verdict_of', 'weakest', 'percent',
+           'headline', 'verdict_words', 'what_would_tell', 'would_change', 'class_gains', 'own_slope', 'more_photos',
+           'photos_for', 'after_photos', 'forecast_photos']
 
 # %% ../nbs/07n_decision.ipynb #ae958e99
 def image_values(record: dict,   # of a point
@@ -63,6 +63,7 @@ def rate_gain(a: dict,        # seed -> record: the arm that is judged
 
 # %% ../nbs/07n_decision.ipynb #80ac8b45
 VERDICTS = ('generate', 'do not generate', 'cannot tell')
+KINDS = dict(generated='generated images', retrieved='retrieved photos')      # of what is judged: its words
 
 def verdict_of(gains: dict    # control -> as `loss_gain` gives it
               ) -> str:       # of VERDICTS
@@ -80,13 +81,20 @@ def percent(ratio: float    # of losses
     "A ratio of losses in words."
     return f"{abs(ratio-1):.0%} {'lower' if ratio < 1 else 'higher'}"
 
+def headline(verdict: str,            # of VERDICTS
+             kind: str = 'generated'  # of KINDS
+            ) -> str:
+    "A verdict as it is said: photos that were retrieved are added, and nothing is generated."
+    return verdict.replace('generate', f'add {KINDS[kind]}') if kind != 'generated' else verdict
+
 def verdict_words(verdict: str,   # as `verdict_of` gives it
                   gain: dict,     # against the better control
-                  control: str    # its name in words
+                  control: str,   # its name in words
+                  kind: str = 'generated'    # of KINDS
                  ) -> str:
     "One sentence that says how sure it is."
     interval = f"ratio {gain['ratio']:.2f} [{gain['ci_lo']:.2f}, {gain['ci_hi']:.2f}]"
-    with_ = f"with generated images the loss is {percent(gain['ratio'])} than with {control}"
+    with_ = f"with {KINDS[kind]} the loss is {percent(gain['ratio'])} than with {control}"
     if verdict != 'cannot tell': return f"{with_}, {interval}"
     return f"{with_}, but the interval holds no difference: {interval}"
 
@@ -111,12 +119,15 @@ def what_would_tell(gain: dict,          # as `loss_gain` gives it
     return dict(runs=runs, test_images=None if images is None else int(images), both=times)
 
 def would_change(verdict: str,   # of VERDICTS
-                 gain: dict      # against the better control
+                 gain: dict,     # against the better control
+                 kind: str = 'generated'    # of KINDS
                 ) -> str:
     "Which further run or photograph would change a verdict, in words."
     need = what_would_tell(gain)
     if verdict != 'cannot tell':
-        return 'other generated images: another model, prompts or guidance; more photographs, which change the question'
+        other = dict(generated='other generated images: another model, prompts or guidance',
+                     retrieved='other retrieved photos: another pool, or another backbone that compares')[kind]
+        return f'{other}; more photographs, which change the question'
     if need['runs'] and need['runs'] > gain['n_seeds']:
         return f"{need['runs']-gain['n_seeds']} more seeds (fresh_seeds: {need['runs']}), if the estimate stays"
     if need['test_images']:

@@ -203,6 +203,8 @@ def sizes_of(n: int,          # training images
     return sorted({max(step, n//part//step*step) for part in (8, 4, 2, 1)})
 
 # %% ../nbs/11_new.ipynb #70eef9a6
+_POOL, _FOUND = 'pool', 'from_pool'      # the set of other photos, and the set of those that are retrieved from it
+
 @dataclass
 class Task:
     "What `synthscale new` is asked for."
@@ -216,12 +218,18 @@ class Task:
     minutes: float = 30.         # that everything together may take
     seeds: int = 3
     backbone: str = ''           # a pretrained network: FILE=ARCHITECTURE of timm, or timm/NAME.TAG@COMMIT of the hub
+    pool: Path = None            # other photos, without classes, that some are retrieved from; needs a backbone
 
     @property
     def inputs(self) -> dict:
         "Set -> folder."
         named = dict(photos=self.images) | {k: v for k, v in (('own_test', self.test), ('elsewhere', self.ood)) if v}
         return named | dict(zip(self.candidate_names, self.candidates))
+
+    @property
+    def folders(self) -> dict:
+        "Set -> folder, with the pool, whose photos have no classes."
+        return self.inputs | ({_POOL: self.pool} if self.pool else {})
 
     def look(self,
              name: str    # of a set
@@ -233,7 +241,7 @@ class Task:
     @property
     def candidate_names(self) -> list:
         "The names of the sets of generated images, each its own."
-        used, out = {'photos', 'own_test', 'elsewhere', 'longer'}, []
+        used, out = {'photos', 'own_test', 'elsewhere', 'longer', _POOL, _FOUND}, []
         for c in self.candidates:
             base = key_of(Path(c).resolve().stem) or 'generated'
             out.append(next(k for k in (base, *(f'{base}_{i}' for i in range(2, 1000))) if k.lower() not in used))
@@ -263,7 +271,7 @@ class Task:
     @property
     def root(self) -> Path:
         "The folder that all inputs are in."
-        return Path(os.path.commonpath([Path(p).resolve().parent for p in self.inputs.values()]))
+        return Path(os.path.commonpath([Path(p).resolve().parent for p in self.folders.values()]))
 
 # %% ../nbs/11_new.ipynb #7b3882a1
 def _flow(value):
@@ -330,6 +338,7 @@ class Plan:
     made: dict = field(default_factory=dict)         # candidate -> images
     odd: dict = field(default_factory=dict)          # set -> folder of a class -> class here, None: it is left out
     n_drawn: int = 100           # images of each source that a model draws
+    n_pool: int = 0              # usable photos of the pool
     channels: int = 3
     shown: int = 12000           # samples_seen_at_100
     seeds: int = 3
@@ -349,6 +358,11 @@ class Plan:
         "Generated images beside all photographs: four times as many, or as many as there are."
         step = len(self.classes) if self.balance == 'equal' else 1
         return min(self.made.get(name, 0), 4*self.n_train)//step*step
+
+    @property
+    def found(self) -> int:
+        "Photos of the pool that each class gets, if it has as many: four times as many as photographs in all."
+        return min(self.n_pool, 4*self.n_train)//len(self.classes) if self.backbone else 0
 
     @property
     def recipes(self) -> list:
@@ -396,6 +410,19 @@ def _set_line(task, plan, name):
                  duplicates='near' if 'hold_out' in spec and task.image_size > _TINY else 'drop')
     return f"    {name}: {_flow(spec)}      # {said.get(name, 'generated images')}"
 
+def _pool_lines(task):
+    "The pool in params.yaml."
+    if not task.pool: return []
+    spec = dict(type='imagefolder', input=os.path.relpath(Path(task.pool).resolve(), task.root), unlabelled=True,
+                unreadable='skip', max_left_out=.9, duplicates='drop')
+    return [f'    {_POOL}: {_flow(spec)}      # photos to retrieve from']
+
+def _found_line(plan):
+    "What is retrieved from the pool, in params.yaml: a section of one line."
+    if not plan.found: return ''
+    spec = dict(pool=_POOL, photos='photos', backbone='backbone', n_per_class=plan.found, fewer=True)
+    return f'\nretrieved: {_flow({_FOUND: spec})}      # the nearest of each class, without copies of tested images\n'
+
 def _lines(texts):
     "Several lines as one text."
     return '\n'.join(texts)
@@ -420,11 +447,13 @@ def _question(task, plan):
     "The question in params.yaml, one line a key."
     n, test = plan.sizes[-1], 'test'
     sizes = {c: plan.added(c) for c in task.candidate_names} | {c: plan.n_drawn for c in task.source_names}
+    sizes |= {_FOUND: plan.found*len(plan.classes)} if plan.found else {}
     made, more = [c for c, k in sizes.items() if k], sorted({k for k in sizes.values() if k > n})
-    lines = [('photos', 'photos', ''), ('candidates', made, 'of generated images'),
+    what = 'generated images'+', or photos of the pool'*bool(plan.found)
+    lines = [('photos', 'photos', ''), ('candidates', made, what),
              ('recipes', plan.recipes, 'the best on the photographs alone is used'),
              ('test_split', test, 'read once, for the verdict'), ('n_photos', plan.sizes, 'your own curve'),
-             ('n_more', more, 'generated images; a pilot has as many as photographs'), ('seeds', plan.seeds, ''),
+             ('n_more', more, 'images of a candidate; a pilot has as many as photographs'), ('seeds', plan.seeds, ''),
              ('fresh_seeds', 6, 'of the choice measured again'), ('minutes', plan.minutes, 'for its training')]
     return [f"    {k}: {_flow(v)}{f'      # {said}' if said else ''}" for k, v, said in lines if v is not None]
 
@@ -470,6 +499,7 @@ def params_text(task: Task,  # what was asked for
     tests |= dict(ood_set='elsewhere', ood_splits=['ood']) if task.ood else dict(ood_set='photos')
     tests |= dict(in_domain_set='own_test', in_domain_splits=['test']) if task.test else dict(in_domain_set='photos')
     folder = Path(task.folder).resolve()
+    shown = ['photos', *task.candidate_names, *([_FOUND] if plan.found else [])]
     equal = 'as many images of each class' if plan.balance == 'equal' else 'classes are of unequal size'
     return f"""{_HEAD}study:
   name: "{folder.name}"
@@ -480,8 +510,8 @@ data:
   image_size: {task.image_size}               # pixels per side; larger ones cost more and say more
   channels: {plan.channels}
   sets:                        # damaged images and repeats are left out: runs/data/NAME/left_out.csv
-{_lines(_set_line(task, plan, n) for n in task.inputs)}
-
+{_lines([*(_set_line(task, plan, n) for n in task.inputs), *_pool_lines(task)])}
+{_found_line(plan)}
 {_lines(_model_lines(task, plan))}
 
 recipes:      # samples_seen_at_100: images shown at 100 photographs, as the minutes allow
@@ -501,7 +531,7 @@ your_task:                     # would generated images help? The answer: result
 {_lines(_question(task, plan))}
 
 laws: {{metric: loss_calibrated}}      # cross-entropy after one temperature, found on the split val
-report: {{scaling: [photos], samples: {_flow(["photos", *task.candidate_names])}}}
+report: {{scaling: [photos], samples: {_flow(shown)}}}
 """
 
 # %% ../nbs/11_new.ipynb #239efeff
@@ -552,10 +582,15 @@ def _usable(study, name, split='train'):
     m = read_manifest(study.set_dir(name))
     return m[m.split == split]['class'].value_counts().reindex(study.study.classes, fill_value=0).to_dict()
 
+def _labelled(study):
+    "The sets whose images have classes: all but the pool."
+    return [n for n, s in study.data.sets.items() if not getattr(s, 'unlabelled', False)]
+
 def _is_grey(study):
-    "Whether no image of any set has a colour."
+    "Whether no image of any set has a colour; a pool is shown as the photographs are."
     from synthscale.shards import load_set
-    return all((a[..., :1] == a).all() for n in study.data.sets for a in load_set(study.set_dir(n)).images)
+    return all((a[..., :1] == a).all() for n in _labelled(study)
+               for a in load_set(study.set_dir(n)).images)
 
 def listed(study: Study,         # with its sets made
            name: str = 'photos', # of a set
@@ -591,8 +626,8 @@ def write_lists(study: Study,  # with its sets made
 
 def check_apart(study: Study    # with its sets made
                ):
-    "Raise `StudyError` where an image that is trained on is also one to test or to select on, in whatever set."
-    rows = pd.concat([read_manifest(study.set_dir(n)).assign(set=n) for n in study.data.sets], ignore_index=True)
+    "Raise `StudyError` where an image that is trained on is also one to test or to select on; of a pool none is yet."
+    rows = pd.concat([read_manifest(study.set_dir(n)).assign(set=n) for n in _labelled(study)], ignore_index=True)
     learned = rows.split == 'train'
     both = rows[learned & rows.sha256.isin(rows[~learned].sha256)]
     if not len(both): return
@@ -626,7 +661,8 @@ def near_pairs(study: Study    # with its sets made
     "Images of one set that look like images of another: what is trained on, and what is tested or selected on."
     data, bits, out = study.data, study.data.near_bits, []
     every = pd.concat([_looks(study, n) for n in data.sets], ignore_index=True)
-    every['role'], made = every.split.map(_ROLES), every['set'].map(lambda n: data.sets[n].is_synthetic)
+    own = {n: n in _labelled(study) and not data.sets[n].is_synthetic for n in data.sets}
+    every['role'], made = every.split.map(_ROLES), ~every['set'].map(own).astype(bool)      # or of a pool
     for name, rows in every.groupby('set', sort=False):
         for role in ('test', 'val', 'train'):
             mine = 'train' if role != 'train' or made[rows.index[0]] else 'test'
@@ -637,12 +673,14 @@ def near_pairs(study: Study    # with its sets made
 def _say_near(study, pairs):
     "What looks like a photograph that is tested, selected or trained on."
     for (name, role), rows in pairs.groupby(['set', 'role'], sort=False):
-        if role == 'train' and not study.data.sets[name].is_synthetic: continue        # said of the photographs already
+        made, pool = study.data.sets[name].is_synthetic, name not in _labelled(study)
+        if role == 'train' and not (made or pool): continue        # said of the photographs already
         to = dict(test='test on', val='select on', train='train on')[role]
         two = '; '.join(f'{r.file} and {r.near_file}' for r in rows.head(2).itertuples())
-        made = study.data.sets[name].is_synthetic
-        what = f"{'' if made else 'warning: '}{len(rows)} {'generated images' if made else 'photographs to train on'}"
-        print(f'{name}: {what} look like photographs to {to}, such as {two} (audit_copies.csv)')
+        what = 'generated images' if made else 'photos' if pool else 'photographs to train on'
+        what = f"{'' if made or pool else 'warning: '}{len(rows)} {what}"
+        then = '; the stage retrieved leaves copies out'*pool
+        print(f'{name}: {what} look like photographs to {to}, such as {two} (audit_copies.csv){then}')
 
 
 # %% ../nbs/11_new.ipynb #4d6ca9f7
@@ -657,7 +695,7 @@ def terms_of(folder    # of images, or a zip
 
 def _say_terms(task, study):
     "The files beside each input that may say its terms, and the licences of models."
-    for name, folder in task.inputs.items():
+    for name, folder in task.folders.items():
         found = terms_of(folder)
         said = ', '.join(os.path.relpath(f, Path(folder).resolve().parent) for f in found)
         print(f"{name}: {'its terms may be in '+said if said else 'no file beside it states terms of use'}")
@@ -693,7 +731,8 @@ def audit(study: Study,         # with its sets made
         alike = pairs[pairs['set'] == name].role
         notes |= {f'near_{r}': int((alike == r).sum()) for r in ('test', 'val', 'train')}
         counts = m.groupby(['class', 'split']).size().unstack(fill_value=0)
-        rows += [dict(set=name, **{'class': c}, **{s: int(v) for s, v in r.items()}) for c, r in counts.iterrows()]
+        rows += [dict(set=name, **{'class': c}, **{s: int(v) for s, v in r.items()}) for c, r in counts.iterrows()
+                 if name in _labelled(study)]                        # the class of a pool's photos says nothing
         rows.append(dict(set=name, **{'class': 'all'}, **{s: int(v) for s, v in counts.sum().items()}, **notes))
     return pd.DataFrame(rows).convert_dtypes()
 
@@ -719,6 +758,11 @@ def _sizes(task, study, plan):
         return sum(counts.values()) if uneven else min(counts.values())*len(counts)
     plan.balance, plan.n_train = 'own' if uneven else 'equal', total(left)
     plan.made = {n: total(m) for n, m in made.items()}
+    if task.pool:
+        plan.n_pool = sum(_usable(study, _POOL).values())
+        if plan.n_pool < len(left):
+            raise StudyError(f"{task.pool}: {plan.n_pool} usable photos, expected at least one for each of {len(left)} "
+                             "classes")
 
 # %% ../nbs/11_new.ipynb #f180a7ea
 def _build(study):
@@ -756,12 +800,15 @@ def _pilot(task, study, plan):
     return each
 
 def _say_drawn(task, plan):
-    "What is drawn, and what is not known of it."
+    "What is drawn or retrieved, and what is not known of it."
     for m in task.drawn:
         if m.folder: continue
         size = 'of unknown size' if m.size is None else f'{m.size/1e9:.1f} GB'
         print(f'models.{m.name}: {m.repo}@{m.revision[:12]} ({size}) is fetched by dvc repro; how fast it draws is not '
               'known before, and the minutes are without it: `synthscale plan` measures it then')
+    if plan.found:
+        print(f"{_FOUND}: {plan.found} of the {plan.n_pool} photos of {_POOL} are retrieved for each class, fewer "
+              "where there are fewer, and trained on as of the class that they are nearest to")
     if task.models:
         print(f"{len(task.source_names)} sources of {plan.n_drawn} images each are drawn, a pilot: "
               f"{', '.join(task.source_names)}")
@@ -795,10 +842,24 @@ def write_task(task: Task    # what was asked for; its folder is laid out
     return Study(task.folder), plan, table
 
 # %% ../nbs/11_new.ipynb #d7a07ba9
+def _check_pool(task):
+    "Whether photos can be retrieved from the pool."
+    pool = Path(task.pool)
+    if not task.backbone:
+        raise StudyError(f"--pool {pool}: its photos are compared with yours by the features of a pretrained network, "
+                         "and none is named: add --backbone FILE=ARCHITECTURE, such as weights.pth=resnet18, or "
+                         "--backbone timm/NAME.TAG@COMMIT")
+    if not pool.exists(): raise StudyError(f"--pool {pool}: no such folder")
+    if pool.resolve() == Path(task.images).resolve():
+        raise StudyError(f"--pool {pool}: the folder of your photographs (--images); expected other photos")
+    if not files_below(pool): raise StudyError(f"--pool {pool}: no image in it or in any folder below")
+
 def _check_inputs(task, folder):
     "Whether the study and its inputs lie beside each other."
     if not shutil.which('git'): raise StudyError("git is not installed: a study is versioned by git and DVC")
-    places = {n: Path(p).resolve() for n, p in task.inputs.items()}
+    if task.pool:
+        _check_pool(task)
+    places = {n: Path(p).resolve() for n, p in task.folders.items()}
     for n, p in places.items():
         if folder == p or p in folder.parents:
             raise StudyError(f"{folder}: the study would lie inside {p}, whose images it is about; choose a folder "

@@ -353,9 +353,20 @@ def _decided_images(c, note):
     label = note['source.label'] or c.words(note['source.set'])
     said = [note.cite('source.n_synthetic', 'count'), f'of <b>{escape(label)}</b>' if label else '']
     how = [f"{words} {note.cite(f'source.{k}', 'rate')}" for k, words in
-           (('model', 'model'), ('prompts', 'prompts'), ('guidance_scale', 'guidance'), ('share', 'share of a batch'))
+           (('model', 'model'), ('pool', 'pool'), ('backbone', 'compared by'), ('prompts', 'prompts'),
+            ('guidance_scale', 'guidance'), ('share', 'share of a batch'))
            if note[f'source.{k}']]
     return ' '.join(s for s in said if s)+(f" ({', '.join(how)})" if how else '')
+
+def _decided_others(found, note):
+    "What else was tried, by the loss on the validation split; '' where there was nothing to choose from."
+    out = []
+    for i, _ in enumerate(found.get('candidates') or []):
+        key = f'candidates.{i}'
+        loss = note.cite(f'{key}.validation_loss')
+        of = [note.cite(f'{key}.candidate'), f"({note.cite(f'{key}.kind')})" if note[f'{key}.kind'] else '', loss]
+        out.append(' '.join(s for s in of if s))
+    return f"{', '.join(out)} (loss on the validation split)" if len(out) > 1 else ''
 
 def _decided_photos(c, note):
     "What they are added to."
@@ -389,7 +400,7 @@ def _decided_classes(found, note):
     return _folded('Class by class', _table(f'What changes in each class, from {escape(note.table)}',
                                             ['class', 'change', 'in words'], lines))
 
-_LONG = ('Next', 'What would change it')
+_LONG = ('Tried', 'Next', 'What would change it')
 
 def decision_html(c: Content,               # of a page
                   name: str = 'decision',   # of the file
@@ -401,6 +412,7 @@ def decision_html(c: Content,               # of a page
     of, long = note.cite('near_copies.of', 'count'), ' class="long"'
     copies = note.cite('near_copies.n', 'count')+(f' of {of}' if of else '')
     items = [('Gain', _decided_gain(c, note)), ('Images', _decided_images(c, note)),
+             ('Tried', _decided_others(found, note)),
              ('Photographs', _decided_photos(c, note)),
              ('Photographs for the same gain', _words_or(note, 'photos_for_same_gain')),
              ('Recipe', note.cite('recipe')), ('Near copies of photographs', copies if note['near_copies.n'] else ''),
@@ -411,7 +423,8 @@ def decision_html(c: Content,               # of a page
     commands = '\n'.join(escape(str(v)) for v in found.get('commands') or [])
     run = f'<pre tabindex="0" class="commands"><code>{commands}</code></pre>' if commands else ''
     run = f'<h{level}>To do it</h{level}>{run}' if run else ''
-    said = note.cite('verdict', text=f"{note['verdict'][:1].upper()}{note['verdict'][1:]}.")
+    key = 'headline' if note['headline'] else 'verdict'         # older files have no headline
+    said = note.cite(key, text=f"{note[key][:1].upper()}{note[key][1:]}.")
     title = f'<p class="verdict">{said}</p>' if said else ''
     why = f'<p>{note.cite("why")}</p>' if note['why'] else ''
     return f'{title}{why}<dl>{facts}</dl>{place_mark(note)}{run}{_decided_classes(found, note)}'

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import json, re, string
 from pydantic import BaseModel, TypeAdapter
-from .curves import is_synthetic, scored_sets
+from .curves import is_synthetic, kind_of, scored_sets
 from .inputs import HubImagesSpec, ImagesSpec, PairsSpec, TilesSpec, list_hash
 from .study_curves import curves_of
 from .damage import damaged_pairs
@@ -683,10 +683,12 @@ def _check_your_task(c):
         c.ref(f'{key}.photos', t.photos, s.sets, _ANY_SET)
         for k in t.candidates:
             c.ref(f'{key}.candidates', k, s.sets, _ANY_SET)
-            c.unless(k not in s.sets or _fits(s, k, 'synthetic'), f'{key}.candidates', k, 'sets of generated images '
-                     '(data.sets.NAME.synthetic says that they are)')
-        c.unless(t.photos not in s.sets or _fits(s, t.photos, 'real'), f'{key}.photos', t.photos,
-                 'a set of real images')
+            good = k in s.retrieved or not getattr(s.data.sets.get(k), 'unlabelled', False) and _fits(s, k, 'synthetic')
+            c.unless(k not in s.sets or good, f'{key}.candidates', k, 'sets of generated images '
+                     '(data.sets.NAME.synthetic says that they are), or of photos under retrieved')
+        labelled = _fits(s, t.photos, 'real') and t.photos not in s.retrieved
+        c.unless(t.photos not in s.sets or labelled, f'{key}.photos', t.photos, 'a set of real images whose labels '
+                 'people gave')
         for r in t.recipes:
             c.ref(f'{key}.recipes', r, s.recipes, 'recipe under recipes')
         c.ref(f'{key}.test_split', t.test_split, s.classify.eval.tested, 'test split under classify.eval')
@@ -755,6 +757,12 @@ def _clip_dump(study, curves):
                 curves={n: _dump(c) | dict(recipe_name=c.recipe, recipe=recipes[c.recipe]) for n, c in curves.items()})
 
 # %% ../nbs/10_params.ipynb #90bffa48
+def _retrieved_of(study, t):
+    "The retrieved sets among the candidates of a question, with what each is: the answer says so."
+    found = {k: dict(kind=kind_of(study, k), pool=study.retrieved[k].pool, backbone=study.retrieved[k].backbone)
+             for k in t.candidates if k in study.retrieved}
+    return dict(retrieved=found) if found else {}
+
 def resolved(study: Study    # checked
             ) -> dict:       # contents of build/params.json
     "All parameters of a study with their defaults, as its stages depend on them."
@@ -780,7 +788,7 @@ def resolved(study: Study    # checked
     del out['quality']['balance']
     out['report'] |= {'labels': labels_of(study)}
     out['your_task'] = {n: _dump(t) | dict(recipes={r: recipes[r] for r in t.recipes}, balance=study.classify.balance)
-                        for n, t in study.your_task.items()}
+                        | _retrieved_of(study, t) for n, t in study.your_task.items()}
     out['names'] = dict(sets=study.sets, curves=list(every), scored=list(out['quality']['sets']),
                         judged=list(study.quality.clip), questions=list(study.your_task),
                         damaged=damaged_pairs(study).to_dict('records'))

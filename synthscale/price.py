@@ -53,15 +53,16 @@ def seconds_per_image(study: Study,  # with its params.yaml as planned; no image
         torch.set_num_threads(before)
 
 # %% ../nbs/11a_price.ipynb #dcc7507d
-def feature_seconds(study: Study,  # the study
-                    recipe: str    # of a probe
+def feature_seconds(study: Study,     # the study
+                    backbone: str,    # under models
+                    input_size=None   # pixels per side that it sees; None: its own
                    ) -> float:
     "Seconds of one process for the features of one image."
     import torch
-    from synthscale.backbones import backbone_config, backbone_features, backbone_folder, load_backbone
-    r, before = study.recipes[recipe], torch.get_num_threads()
-    config = backbone_config(study, r.start.backbone, r.input_size)
-    net, _ = load_backbone(backbone_folder(study, r.start.backbone))
+    from synthscale.backbones import backbone_features, backbone_folder, load_backbone
+    before = torch.get_num_threads()
+    net, config = load_backbone(backbone_folder(study, backbone))
+    config |= dict(input_size=input_size) if input_size else {}
     x = np.random.default_rng(0).integers(0, 256, (16, study.data.image_size, study.data.image_size,
                                                    study.data.channels), np.uint8)
     torch.set_num_threads(1)
@@ -74,15 +75,18 @@ def feature_seconds(study: Study,  # the study
         torch.set_num_threads(before)
 
 def speeds_of(study: Study    # with its params.yaml as planned
-             ) -> dict:       # recipe -> seconds an image shown; (recipe, 'features') -> seconds an image of a set
-    "The speeds of all recipes that the study's curves and questions use."
+             ) -> dict:       # recipe -> seconds an image shown; (recipe, 'features'), (set under retrieved, 'nearest')
+                              # -> seconds an image of a set
+    "The speeds of all recipes that the study's curves and questions use, and of comparing with a pool."
     named = {c.recipe for c in label_curves_of(study).values()}
     named |= {r for t in study.your_task.values() for r in t.recipes}
     out = {}
     for r in sorted(named):
         out[r] = seconds_per_image(study, r)
         if study.recipes[r].is_probe:
-            out[r, 'features'] = feature_seconds(study, r)
+            out[r, 'features'] = feature_seconds(study, study.recipes[r].start.backbone, study.recipes[r].input_size)
+    for name, spec in study.retrieved.items():
+        out[name, 'nearest'] = feature_seconds(study, spec.backbone)
     return out
 
 # %% ../nbs/11a_price.ipynb #f57890f7
@@ -118,6 +122,20 @@ def question_rows(study: Study,   # the study
     rows.append(cost('the choice measured again', [twice, 1, twice]*t.fresh_seeds))
     return [r for r in rows if r['runs']]
 
+def _feature_rows(study, speeds, workers):
+    "The features of probes, of every image that is trained or tested on, and those that a pool is compared by."
+    made = {s: len(read_manifest(study.set_dir(s))) for s in study.data.sets if study.set_dir(s).exists()}
+    pools = {r.pool for r in study.retrieved.values()}
+    found = sum(r.n_per_class*len(study.study.classes) for r in study.retrieved.values())      # at most
+    used, rows = sum(n for s, n in made.items() if s not in pools)+found, []
+    for name, what in (k for k in speeds if isinstance(k, tuple)):
+        words, n, more = f'features, {name}', used, 0.
+        if what == 'nearest':
+            r = study.retrieved[name]
+            words, n, more = f'nearest photos of {r.pool}', made.get(r.pool, 0)+made.get(r.photos, 0), STAGE_S
+        rows.append(dict(what=words, runs=1, images_shown=n, seconds=n*speeds[name, what]/workers+more))
+    return rows
+
 def price(study: Study,        # with its params.yaml as planned, its sets made
           speeds: dict,        # as `speeds_of` gives them
           built_s: float = 0.  # seconds that its image sets took
@@ -133,9 +151,7 @@ def price(study: Study,        # with its params.yaml as planned, its sets made
         found = question_rows(study, name, speeds)
         found[0]['seconds'] += STAGE_S
         rows += found
-    images = sum(len(read_manifest(study.set_dir(s))) for s in study.data.sets if study.set_dir(s).exists())
-    for r, s in ((r, s) for (r, *of), s in ((k if isinstance(k, tuple) else (k,), v) for k, v in speeds.items()) if of):
-        rows.append(dict(what=f'features, {r}', runs=1, images_shown=images, seconds=images*s/workers))
+    rows += _feature_rows(study, speeds, workers)
     rows.append(dict(what='image sets', runs=len(study.data.sets), images_shown=0,
                      seconds=built_s+STAGE_S*len(study.data.sets)))
     rows.append(dict(what='tables and figures', runs=3, images_shown=0, seconds=_TABLES_S))

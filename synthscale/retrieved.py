@@ -26,6 +26,7 @@ class RetrievedSpec(Section):
     photos: Ident                    # under data.sets: the labelled photos; their split `train` is compared with
     backbone: Ident                  # a model of type backbone, whose features are compared
     n_per_class: Positive            # photos that each class gets
+    fewer: bool = False              # true: a class gets those that there are, one at least, where there are fewer
     neighbours: Positive = 5         # a photo is compared with so many training photos of a class, those nearest to it
     split: Ident = 'train'           # of the pool
 
@@ -152,12 +153,13 @@ def chosen(study: Study,         # the study
     "The photos that each class gets; raises `StudyError` that says how many there are for each."
     spec, classes = study.retrieved[name], study.study.classes
     there = _counts(ranked, classes)
-    if min(there.values()) < spec.n_per_class:
+    if min(there.values()) < (1 if spec.fewer else spec.n_per_class):
         left = ranked[ranked.reason != ''].reason.value_counts()
         words = ', '.join([f'{c} {n}' for c, n in there.items()][:50])
         out = '; '.join([f'{len(ranked)} photos in the pool', *(f'{n} left out, each {r}' for r, n in left.items())])
+        way = f"or at most {min(there.values())}" if min(there.values()) else f"or a study without the set {name!r}"
         raise StudyError(f"retrieved.{name}.n_per_class is {spec.n_per_class}: pool {spec.pool!r} has fewer photos for "
-                         f"some class: {words} ({out}); expected a larger pool, or at most {min(there.values())}")
+                         f"some class: {words} ({out}); expected a larger pool, {way}")
     return ranked[ranked.reason == ''].groupby('label').head(spec.n_per_class).sort_values('label', kind='stable')
 
 def _nearest_photos(study, name, rows):

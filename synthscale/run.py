@@ -592,7 +592,8 @@ def _add_new(tool):
     def run(a):
         from synthscale.new import Task, new_task
         new_task(Task(Path(a.folder), Path(a.images), a.test and Path(a.test), a.ood and Path(a.ood),
-                      [Path(c) for c in a.candidates], a.model, a.image_size, a.budget, a.seeds, a.backbone))
+                      [Path(c) for c in a.candidates], a.model, a.image_size, a.budget, a.seeds, a.backbone,
+                      a.pool and Path(a.pool)))
     one = tool('new', "a study of your own photographs, anywhere: what is in them, a plan and its price", run)
     one.add_argument('folder', help='of the study; it is made')
     one.add_argument('--images', required=True, metavar='DIR', help='photographs, in one folder per class')
@@ -600,6 +601,7 @@ def _add_new(tool):
     one.add_argument('--ood', metavar='DIR', help='others from elsewhere, a second test')
     one.add_argument('--candidates', action='append', default=[], metavar='DIR',
                      help='generated images that exist already; may be repeated')
+    one.add_argument('--pool', metavar='DIR', help='other photos, without classes: the nearest ones are a candidate')
     one.add_argument('--backbone', default='', metavar='FILE=ARCH',
                      help='a pretrained network: FILE=ARCHITECTURE of timm, or timm/NAME.TAG@COMMIT of the hub')
     one.add_argument('--model', action='append', default=[], metavar='MODEL',

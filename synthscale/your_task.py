@@ -13,9 +13,9 @@ import pandas as pd
 from pydantic import Field
 from .classify import (arch_of, bring_points, check_leak, run_points, samples_shown, split_of, split_rows,
                                  tested_rows, trained_net, usable_processes, write_points)
-from .curves import Point
-from .decision import (after_photos, class_gains, forecast_photos, loss_gain, own_slope, photos_for,
-                                 rate_gain, split_mean, verdict_of, verdict_words, weakest, would_change)
+from .curves import Point, kind_of
+from .decision import (KINDS, after_photos, class_gains, forecast_photos, headline, loss_gain, own_slope,
+                                 photos_for, rate_gain, split_mean, verdict_of, verdict_words, weakest, would_change)
 from .exchange import fit_mixture, jackknife, marginal
 from .quality import copies_of, recognized
 from .shards import check_subset, load_set
@@ -30,14 +30,14 @@ __all__ = ['YourTaskSection', 'TaskSpec', 'Setting', 'setting_point', 'controls_
 _Share = Annotated[float, Field(gt=0, lt=1)]
 
 class TaskSpec(Section):
-    "One question: do these generated images help with these photographs?"
+    "One question: do these generated images, or these photos of a pool, help with these photographs?"
     photos: Ident                    # a set of real images; all of its training images are used
-    candidates: list[Ident] = []     # sets of generated images: under data.sets, or sources
+    candidates: list[Ident] = []     # sets of generated images (under data.sets, or sources), or under retrieved
     recipes: Annotated[list[Ident], Field(min_length=1)]       # the anchors; the best on the photographs alone is used
     test_split: Ident                # under classify.eval: for the verdict; nothing is chosen on it
     n_photos: Annotated[list[Positive], Field(min_length=1)]   # sizes of the person's own curve; the largest is all
-    n_pilot: Union[Positive, None] = None      # generated images in a pilot; null: as many as photographs, or all
-    n_more: list[Positive] = []      # more generated images, for the best two candidates
+    n_pilot: Union[Positive, None] = None      # images of a candidate in a pilot; null: as many as photographs, or all
+    n_more: list[Positive] = []      # more images, for the best two candidates
     real_share: _Share = .5          # of what is shown: the photographs
     seeds: Positive = 3              # of what is chosen from
     fresh_seeds: Annotated[int, Field(ge=2)] = 6               # of the choice measured again, which the interval is of
@@ -53,7 +53,7 @@ class Setting:
     recipe: str
     n_real: int
     candidate: str = ''      # '' for photographs alone
-    n_synthetic: int = 0
+    n_synthetic: int = 0     # images of the candidate
     times: float = 1.        # of the recipe's samples, without generated images
 
     @property
@@ -278,9 +278,21 @@ def _settings_table(runs, chosen):
     for s, by in runs.done.items():
         n = sum(k < runs.spec.seeds for k in by)
         if not n: continue
-        rows.append(dict(recipe=s.recipe, candidate=s.candidate, n_photos=s.n_real, n_synthetic=s.n_synthetic,
-                         times=s.times, n_seeds=n, validation_loss=_validation_loss(runs, s), chosen=s == chosen))
+        kind = kind_of(runs.study, s.candidate) if s.candidate else ''
+        rows.append(dict(recipe=s.recipe, candidate=s.candidate, kind=kind, n_photos=s.n_real,
+                         n_synthetic=s.n_synthetic, times=s.times, n_seeds=n, validation_loss=_validation_loss(runs, s),
+                         chosen=s == chosen))
     return pd.DataFrame(rows)
+
+def _candidate_rows(runs):
+    "The best setting of each candidate that was tried beside all photographs, the best candidate first."
+    n, best = max(runs.spec.n_photos), {}
+    for s in runs.done:
+        if not s.candidate or s.n_real != n: continue
+        row = dict(candidate=s.candidate, kind=kind_of(runs.study, s.candidate), n_synthetic=s.n_synthetic,
+                   validation_loss=_validation_loss(runs, s))
+        best[s.candidate] = min(best.get(s.candidate, row), row, key=lambda r: r['validation_loss'])
+    return sorted(best.values(), key=lambda r: r['validation_loss'])
 
 def _source_of(study, chosen, share):
     "What is recommended: the set, and where it came from."
@@ -288,10 +300,13 @@ def _source_of(study, chosen, share):
     made = sources.get(chosen.candidate)
     words = made.label if made and made.label else chosen.candidate
     about = dict(model=made.model, prompts=made.prompts, guidance_scale=made.guidance_scale) if made else {}
+    if found := study.retrieved.get(chosen.candidate):
+        about = dict(pool=found.pool, backbone=found.backbone)
     return dict(set=chosen.candidate, label=words, n_synthetic=chosen.n_synthetic, share=1-share) | about
 
+# %% ../nbs/10_your_task.ipynb #f6b9d707
 def answer(runs: Runs,       # of the question
-           chosen: Setting,  # with generated images
+           chosen: Setting,  # with a candidate's images
            curve: dict       # images -> seed -> record
           ) -> dict:         # of decision.json
     "The choice measured again, on the test split, and what follows from it."
@@ -301,17 +316,18 @@ def answer(runs: Runs,       # of the question
     controls = dict(zip(controls_of(spec, chosen), without))
     gains = {k: loss_gain(with_, c, split) for k, c in controls.items()}
     better = weakest(gains)
-    gain, verdict = gains[better], verdict_of(gains)
+    gain, verdict, kind = gains[better], verdict_of(gains), kind_of(study, chosen.candidate)
     rate = rate_gain(with_, controls[better], split)
     labels = split_rows(study, study.classify.eval.set_of(split), split).label
     slope = own_slope(curve, split) if len(curve) > 1 else None
     n = max(spec.n_photos)
-    out = dict(verdict=verdict, why=verdict_words(verdict, gain, better), recipe=chosen.recipe,
+    out = dict(verdict=verdict, kind=kind, headline=headline(verdict, kind),
+               why=verdict_words(verdict, gain, better, kind), recipe=chosen.recipe,
                source=_source_of(study, chosen, spec.real_share),
                gain=dict(test_set=split, metric='loss_calibrated', against=better, **gain, top1=rate['change'],
                          top1_lo=rate['ci_lo'], top1_hi=rate['ci_hi'], loss=split_mean(with_, split)),
                controls=[dict(control=k, loss=split_mean(controls[k], split), **g) for k, g in gains.items()],
-               would_change=would_change(verdict, gain),
+               would_change=would_change(verdict, gain, kind), candidates=_candidate_rows(runs),
                classes=class_gains(with_, controls[better], split, labels, study.study.classes))
     if slope:
         out |= dict(slope=slope, photos_for_same_gain=photos_for(n, gain, slope), next=[after_photos(n, 100, slope)])
@@ -343,7 +359,8 @@ def next_generated(runs: Runs,        # of the question
     whole = log_ratio(df)
     lo, hi = jackknife(whole, [log_ratio(df[df.seed != s]) for s in seeds]) if len(seeds) > 2 else (np.nan, np.nan)
     ends = dict(zip(('ratio', 'ci_lo', 'ci_hi'), np.exp([whole, lo, hi]).tolist()))
-    return dict(what='generated images', n=more) | ends
+    near = ', if they are as near' if kind_of(runs.study, chosen.candidate) == 'retrieved' else ''
+    return dict(what=KINDS[kind_of(runs.study, chosen.candidate)]+near, n=more) | ends
 
 def _run_grid(runs: Runs,       # of the question
              chosen: Setting,  # its candidate and recipe
@@ -354,7 +371,8 @@ def _run_grid(runs: Runs,       # of the question
     sizes = {s.n_synthetic for s in runs.done if s.candidate == chosen.candidate and s.recipe == chosen.recipe}
     if not half or len(sizes) < 2: return
     grid = [replace(chosen, n_real=half[0], n_synthetic=k) for k in sorted(sizes)]
-    if runs.fits(runs.cost(grid, range(runs.spec.seeds))+reserve, f'{half[0]:,} photographs beside generated images'):
+    what = f'{half[0]:,} photographs beside images of {chosen.candidate}'
+    if runs.fits(runs.cost(grid, range(runs.spec.seeds))+reserve, what):
         runs.add(grid, range(runs.spec.seeds))
 
 # %% ../nbs/10_your_task.ipynb #ea81ac9e
@@ -376,12 +394,12 @@ def drawn_classes(runs: Runs,      # of the question
         x = split_of(study, chosen.candidate, 'train').images[i]
     named = logits(net, x, size=recipe.crop_size).argmax(1).numpy()
     share = recognized(rows.label.to_numpy()[i], named, len(study.study.classes))
-    recall, out = measured[spec.test_split]['class_recall'], []
+    recall, out, what = measured[spec.test_split]['class_recall'], [], KINDS[kind_of(study, chosen.candidate)]
     for c, seen, own in zip(study.study.classes, share, recall):
         if np.isnan(seen): continue
         odd = own is not None and seen < own/2
         out.append({'class': c} | dict(recognized=float(seen), recall=own,
-                                       words='hardly recognised in the generated images' if odd else ''))
+                                       words=f'hardly recognised in the {what}' if odd else ''))
     return out
 
 def near_copies_of(runs: Runs,      # of the question
@@ -455,7 +473,7 @@ def run_task(study: Study,      # the study
         out |= dict(near_copies=near_copies_of(runs, chosen.candidate), drawn=drawn_classes(runs, chosen),
                     commands=_commands_for(study, name, out['source']), hours=_hours(study, out['source']))
     else:
-        out |= dict(verdict='', why='no generated images were named: this is what the photographs alone give')
+        out |= dict(verdict='', why='no generated images and no pool are named: this is what photographs alone give')
     out |= dict(anchors=_anchor_rows(runs), curve=_curve_rows(curve, spec.test_split), left_out=runs.left_out,
                 minutes=round(runs.spent, 2), seeds=spec.seeds, fresh_seeds=spec.fresh_seeds)
     return _write(runs, name, out, chosen)
@@ -475,12 +493,20 @@ def _write(runs, name, out, chosen):
     return plain
 
 # %% ../nbs/10_your_task.ipynb #90b63424
+_WIDE = 10      # an interval whose ends are further apart by this factor says nothing
+
+def _with_interval(x, name):
+    "A number with its interval, or that it cannot be told."
+    if x['ci_lo'] is None: return f'{x[name]:.3f}'
+    if x['ci_hi'] > _WIDE*x['ci_lo']: return f"cannot be told, {x['ci_lo']:.2f} to {x['ci_hi']:.2f}"
+    return f"{x[name]:.3f} [{x['ci_lo']:.3f}, {x['ci_hi']:.3f}]"
+
 def _ahead(out):
     "What the photographs alone are expected to give with a hundred more of them, as a list of at most one line."
     n = out['photos']['n']
     now = [c['loss'] for c in out['curve'] if c['n_photos'] == n]
-    return [f"photographs alone: loss {now[0]:.3f} with {n:,}; {f['loss']:.3f} [{f['ci_lo']:.3f}, {f['ci_hi']:.3f}] "
-            f"expected with {f['n_photos']:,}" for f in out['forecast'] if now and f['n_photos'] == n+100]
+    return [f"photographs alone: loss {now[0]:.3f} with {n:,}; expected with {f['n_photos']:,}: "
+            f"{_with_interval(f, 'loss')}" for f in out['forecast'] if now and f['n_photos'] == n+100]
 
 def said(out: dict    # contents of results/NAME.json
         ) -> str:
@@ -490,19 +516,23 @@ def said(out: dict    # contents of results/NAME.json
         each = [f"  {a['recipe']} ({a['arch']}): top-1 {a['top1']:.1%}, loss {a['loss']:.2f}" for a in out['anchors']]
         return '\n'.join([out['why'], *each, *ahead])
     g, s = out['gain'], out['source']
-    what = f"{s['label']}, {s['n_synthetic']:,} images, {s['share']:.0%} of what is shown"
+    of = f"{KINDS['retrieved']} of {s['pool']}" if out.get('kind') == 'retrieved' else 'images'
+    what = f"{s['label']}, {s['n_synthetic']:,} {of}, {s['share']:.0%} of what is shown"
     top1 = f"top-1 {g['top1']:+.1%} [{g['top1_lo']:+.1%}, {g['top1_hi']:+.1%}]"
-    lines = [out['verdict'].upper(), f"{what}: {out['why']}",
+    lines = [(out.get('headline') or out['verdict']).upper(), f"{what}: {out['why']}",
              f"{top1} on {g['n_test']:,} test images, {g['n_seeds']} seeds; recipe {out['recipe']}"]
     if 'photos_for_same_gain' in out and out['verdict'] == 'generate':
         lines.append(f"as much as {out['photos_for_same_gain']['words']}")
-    lines += [f"the next {x['n']:,} {x['what']}: loss x {x['ratio']:.3f}"
-              + (f" [{x['ci_lo']:.3f}, {x['ci_hi']:.3f}]" if x['ci_lo'] is not None else '') for x in out['next']]
+    lines += [f"the next {x['n']:,} {x['what']}: loss x {_with_interval(x, 'ratio')}" for x in out['next']]
     lines += ahead
     for words in ('gains', 'loses'):
         these = [c['class'] for c in out['classes'] if c['words'] == words]
         if these:
             lines.append(f"{words}: {', '.join(these[:8])}")
+    if len(out.get('candidates', [])) > 1:
+        tried = [f"{c['candidate']} ({c['n_synthetic']:,} {KINDS[c['kind']]}) {c['validation_loss']:.3f}"
+                 for c in out['candidates']]
+        lines.append(f"tried, by the loss on the validation split: {', '.join(tried)}")
     lines.append(f"would change it: {out['would_change']}")
     if out['left_out']:
         lines.append(f"left out for time: {'; '.join(out['left_out'])}")
@@ -529,7 +559,7 @@ Read it with `synthscale.started.load_classifier(FOLDER)`: images as floats from
 
 def recommended(out: dict    # contents of results/NAME.json
                ) -> Setting:
-    "What the verdict says to train: with generated images where they help, else the better control."
+    "What the verdict says to train: with the candidate where it helps, else the better control."
     n = out['photos']['n']
     if out['verdict'] == 'generate':
         return Setting(out['recipe'], n, out['source']['set'], out['source']['n_synthetic'])
@@ -542,10 +572,14 @@ def _card(study, out, setting, measured, licence):
     first = next(iter(measured.values()))
     rows = [f"| {k} | {m['loss']:.3f} | {m['loss_calibrated']:.3f} | {m['top1']:.1%} | {m['n_test']:,} |"
             for k, m in measured.items()]
+    found = study.retrieved.get(setting.candidate)
     made = f" Generated images: the set {setting.candidate}." if setting.candidate else ''
+    if found:
+        made = (f" Retrieved photos: the set {setting.candidate}, chosen from {found.pool} by the features of "
+                f"{found.backbone}; their labels are those of the nearest photographs, not a person's.")
     return _CARD.format(study=study.study.name, classes=', '.join(study.study.classes), version=version('synthscale'),
                         recipe=setting.recipe, arch=arch_of(study, setting.recipe), words=setting.words,
-                        verdict=out['verdict'] or 'none', why=out['why'], rows='\n'.join(rows),
+                        verdict=out.get('headline') or out['verdict'] or 'none', why=out['why'], rows='\n'.join(rows),
                         temperature=first['temperature'], photos=out['photos']['set'], generated=made,
                         size=study.data.image_size, licence=licence)
 

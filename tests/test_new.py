@@ -9,6 +9,7 @@ from conftest import ROOT, edit, ran, sh
 from hypothesis import given, strategies as st
 from PIL import Image
 from synthscale.data import build_set
+from synthscale.decision import headline
 from synthscale.drawing import model_of
 from synthscale.inputs import folder_entries
 from synthscale.new import (Plan, Task, class_keys, look_into, match_classes, new_task, params_text, pipeline,
@@ -16,6 +17,7 @@ from synthscale.new import (Plan, Task, class_keys, look_into, match_classes, ne
 from synthscale.params import problems
 from synthscale.price import seconds_per_image
 from synthscale.shards import read_manifest
+from synthscale.smoke import photo_tiles
 from synthscale.study import Key, Study, StudyError
 from pydantic import TypeAdapter
 
@@ -521,3 +523,108 @@ def test_a_backbone_brings_a_probe_and_fine_tuning(here, tmp_path):
     with pytest.raises(StudyError, match='tensor .* is|holds .* tensors|do not fit the architecture'):
         new_task(task(here, tmp_path, folder=tmp_path/'other', backbone=f"{tmp_path/'net.pth'}=resnet18"))
     assert not (tmp_path/'other').exists()
+
+# ---- a pool of other photos
+
+@pytest.fixture(scope='module')
+def net(tmp_path_factory):
+    "A backbone of random weights, as --backbone names it."
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp('net')/'net.pth'
+    torch.save(timm.create_model('test_resnet').state_dict(), file)
+    return f'{file}=test_resnet'
+
+def broken(folder):
+    "Files that are called like images, and one that is none."
+    folder.mkdir()
+    for i in range(3):
+        (folder/f'{i}.png').write_bytes(b'no image')
+    (folder/'notes.txt').write_text('none')
+    return folder
+
+def single(folder):
+    "One photo."
+    photo(folder/'1.png')
+    return folder
+
+POOLS = [
+    (lambda d, t: dict(pool=d/'more', backbone=''), 'its photos are compared .* add --backbone FILE=ARCHITECTURE'),
+    (lambda d, t: dict(pool=d/'empty'), 'pool .*empty: no image in it or in any folder below'),
+    (lambda d, t: dict(pool=d/'pets'), 'pets: the folder of your photographs .--images.; expected other photos'),
+    (lambda d, t: dict(pool=d/'pets'/'cat'), 'cat .pool. lies inside'),
+    (lambda d, t: dict(pool=d), 'pets .photos. lies inside .* .pool.'),
+    (lambda d, t: dict(pool=d/'not_there'), 'not_there: no such folder'),
+    (lambda d, t: dict(pool=broken(t/'broken')), "set 'pool': 3 of 3 images are damaged"),
+    (lambda d, t: dict(pool=single(t/'single')), '1 usable photos, expected at least one for each of 2 classes')]
+
+@pytest.mark.parametrize('more, says', POOLS, ids=[s[:20] for _, s in POOLS])
+def test_a_pool_that_cannot_be_is_said_and_leaves_nothing(here, net, tmp_path, more, says):
+    with pytest.raises(StudyError, match=says):
+        new_task(task(here, tmp_path, **dict(backbone=net) | more(here, tmp_path)))
+    assert not (tmp_path/'mine').exists()
+
+def test_a_pool_is_planned_priced_and_looked_into(here, net, tmp_path, capsys):
+    "Copies of tested photographs in it are counted, not refused; the stage leaves them out."
+    pool = photos(tmp_path/'other', **{'': 30, 'below': 10})
+    like(pool/'like.png', here/'pets'/'dog'/'pets1.png')
+    shutil.copy(here/'uneven'/'cat'/'uneven1.png', pool/'generated.png')
+    (pool/'cut.png').write_bytes((pool/'other1.png').read_bytes()[:60])
+    own = photos(tmp_path/'own', cat=6, dog=6)
+    shutil.copy(own/'cat'/'own1.png', pool/'tested.png')
+    drawn = photos(tmp_path/'drawn', cat=30, dog=30)
+    study = new_task(task(here, tmp_path, pool=pool, backbone=net, test=own, ood=here/'twin'/'made',
+                          candidates=[here/'uneven', drawn]))
+    assert problems(Study(study.dir)) == []
+    spec = study.retrieved['from_pool']
+    assert (spec.pool, spec.photos, spec.backbone, spec.fewer) == ('pool', 'photos', 'backbone', True)
+    assert study.data.sets['pool'].unlabelled and spec.n_per_class == 43//2
+    assert study.your_task['decision'].candidates == ['uneven', 'drawn', 'from_pool']
+    price = pd.read_csv(study.dir/'price.csv').set_index('what')
+    shown = price.images_shown['nearest photos of pool']
+    assert shown == 43+len(read_manifest(study.set_dir('photos'))) and price.minutes['nearest photos of pool'] > 0
+    found = pd.read_csv(study.dir/'audit.csv').query("set == 'pool'")
+    assert found['class'].tolist() == ['all']
+    row = found.iloc[0]
+    assert (row.train, row.damaged, row.near_test) == (43, 1, 1) and row.near_train+row.near_val == 1
+    said = capsys.readouterr().out
+    assert 'pool: 1 photos look like photographs to test on, such as ' in said
+    assert 'the stage retrieved leaves copies out' in said and 'from_pool: 21 of the 43 photos' in said
+
+def test_the_longest_params_yaml_with_a_pool_is_still_short(asked, here, net, tmp_path):
+    study = new_task(task(here, tmp_path, pool=photos(tmp_path/'other', x=40), backbone=net, test=here/'twin'/'made',
+                          ood=here/'uneven', models=['a/open', f'b/sd.x@{"3"*40}'], candidates=[here/'made']))
+    assert problems(Study(study.dir)) == [] and len((study.dir/'params.yaml').read_text().splitlines()) <= 60
+
+def quick(p):
+    "A probe alone, trained for seconds."
+    p['your_task']['decision'] |= dict(recipes=['probe'], fresh_seeds=2, n_more=[])
+    p['recipes']['probe'] |= dict(samples_seen_at_100=640, input_size=32)
+    p['models']['backbone']['input_size'] = 32
+
+@pytest.mark.slow
+def test_a_pool_of_more_of_the_same_is_retrieved_and_decided_on(net, tmp_path):
+    """Tiles of two photographs; the pool holds other tiles of both, and what is called generated are tiles of the wrong
+    one. Nothing that is tested on comes back from the pool."""
+    for c, tiles in photo_tiles().items():
+        other = dict(temple='flower', flower='temple')[c]
+        for i, tile in enumerate(tiles[:100]):
+            places = ['pets', 'pool'] if i < 3 else ['pets'] if i < 30 else ['made'] if i < 50 else ['pool']
+            for place in places:
+                at = tmp_path/place/dict(pets=c, made=other, pool='')[place]
+                at.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(tile).save(at/f'{c}{i}.png')
+    said = sh(['synthscale', 'new', 'mine', '--images', 'pets', '--candidates', 'made', '--pool', 'pool', '--backbone',
+               net, '--image-size', '32', '--budget', '240m', '--seeds', '2'], tmp_path)
+    assert 'photos of pool are retrieved for each class' in said and 'nearest photos of pool' in said
+    edit(tmp_path/'mine', quick)
+    study, answered = Study(tmp_path/'mine'), sh('dvc repro', tmp_path/'mine')
+    made = ran(answered)
+    assert {'data@pool', 'models@backbone', 'retrieved@from_pool', 'your_task@decision', 'report'} <= made
+    found, photographs = (read_manifest(study.set_dir(n)) for n in ('from_pool', 'photos'))
+    tested = photographs[photographs.split != 'train']
+    assert set(found.split) == {'train'} and not {*found.sha256} & {*photographs.sha256} and len(tested)
+    out = json.loads((study.dir/'results'/'decision.json').read_text())
+    assert (out['kind'], out['source']['set'], out['source']['pool']) == ('retrieved', 'from_pool', 'pool')
+    assert [c['kind'] for c in out['candidates']] == ['retrieved', 'generated']
+    assert out['headline'] == headline(out['verdict'], 'retrieved') and out['headline'].upper() in answered
+    assert ran(sh('dvc repro', study.dir)) == {'prepare'}

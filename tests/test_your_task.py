@@ -1,13 +1,16 @@
 "The verdict: how often it is wrong on simulated runs, what it may look at, the cap on time, and what is refused."
-import json, shutil
-import numpy as np, pytest
+import json, re, shutil
+import numpy as np, pandas as pd, pytest
 from conftest import edit
 from hypothesis import given, settings, strategies as st
 from synthscale.data import build_set
-from synthscale.decision import (VERDICTS, class_gains, loss_gain, more_photos, photos_for, verdict_of, what_would_tell)
-from synthscale.params import problems
+from synthscale.decision import (VERDICTS, class_gains, headline, loss_gain, more_photos, photos_for, verdict_of,
+                                 what_would_tell)
+from synthscale.page import decision_html, study_content
+from synthscale.params import problems, resolved
 from synthscale.recipes import pack_values
-from synthscale.smoke import make_inputs, smoke_params
+from synthscale.retrieved import retrieve_set
+from synthscale.smoke import make_inputs, photo_params, smoke_params, write_photos
 from synthscale.study import Study, StudyError, write_atomic
 from synthscale.your_task import (Runs, Setting, _last_step, check_task, choose_recipe, run_pilots, run_task, said,
                                   save_model)
@@ -241,3 +244,85 @@ def test_a_study_without_generated_images_says_what_photographs_give(decided, tm
     assert {f.name for f in (tmp_path/'model').iterdir()} == {'README.md', 'config.json', 'model.safetensors'}
     with pytest.raises(StudyError, match='not empty'):
         save_model(alone, 'decision', tmp_path/'model')
+
+# ---- photos of a pool among the candidates
+
+@pytest.fixture(scope='module')
+def rivals(tmp_path_factory):
+    "A small study whose candidates are photos of a pool and, as generated images, some with wrong labels; its answer."
+    d = tmp_path_factory.mktemp('rivals')
+    write_photos(d/'data')
+    for c, wrong in (('temple', 'flower'), ('flower', 'temple')):
+        shutil.copytree(d/'data'/'photos'/'train'/c, d/'data'/'wrong'/wrong)
+    p = photo_params()
+    p['data']['sets']['wrong'] = dict(type='imagefolder', input='wrong', synthetic=True)
+    p['data']['image_size'] = 8
+    p['retrieved']['nearest']['fewer'] = True
+    p['recipes']['convnext_digits'] |= dict(samples_seen_at_100=2560)
+    p['your_task'] = dict(decision=QUESTION | dict(photos='photos', candidates=['wrong', 'nearest'], n_photos=[24, 48],
+                                                   n_pilot=40, n_more=[], seeds=1))
+    write_atomic(d/'params.yaml', json.dumps(p))
+    study = Study(d)
+    assert problems(study) == []
+    for s in study.data.sets:
+        build_set(study, s)
+    retrieve_set(study, 'nearest')
+    return study, run_task(study, 'decision', 1)
+
+def test_retrieved_photos_compete_and_are_called_what_they_are(rivals):
+    "The best on the validation split is measured again; the value of the verdict is as for generated images."
+    study, out = rivals
+    tried = {c['candidate']: c for c in out['candidates']}
+    assert {n: c['kind'] for n, c in tried.items()} == dict(wrong='generated', nearest='retrieved')
+    best = min(out['candidates'], key=lambda c: c['validation_loss'])
+    assert out['candidates'][0] == best and best['candidate'] == out['source']['set'] == 'nearest'
+    assert out['kind'] == 'retrieved' and out['verdict'] in VERDICTS
+    assert (out['source']['pool'], out['source']['backbone']) == ('pool', 'net') and 'model' not in out['source']
+    text = said(out)
+    assert out['headline'] == headline(out['verdict'], 'retrieved') and text.startswith(out['headline'].upper())
+    first, second, third, *_ = text.split('\n')
+    n = out['source']['n_synthetic']
+    assert 'with retrieved photos the loss' in second and f'{n} retrieved photos of pool' in second
+    assert 'generated' not in f'{first}{second}{third}'.lower() and 'wrong (40 generated images)' in text
+    assert not any('generated' in d['words'] for d in out['drawn'])
+    settings = pd.read_csv(study.path('results', 'decision_settings.csv'))
+    assert settings[settings.chosen].kind.tolist() == ['retrieved']
+
+def test_the_page_and_the_card_of_retrieved_photos_name_the_pool(rivals, tmp_path):
+    study, out = rivals
+    html = decision_html(study_content(study))
+    text = re.sub('<[^>]*>', ' ', html)
+    assert f"{out['headline'].capitalize()}." in text and 'pool  pool' in text and 'compared by  net' in text
+    assert 'loss on the validation split' in text and 'Images' in text
+    helped = out | dict(verdict='generate', headline='add retrieved photos')
+    shutil.copytree(study.dir, tmp_path/'helped', symlinks=True)
+    (tmp_path/'helped'/'results'/'decision.json').write_text(json.dumps(helped))
+    save_model(Study(tmp_path/'helped'), 'decision', tmp_path/'model')
+    card = (tmp_path/'model'/'README.md').read_text()
+    assert '**add retrieved photos**' in card and 'Retrieved photos: the set nearest, chosen from pool' in card
+    assert 'Generated images' not in card and 'of nearest' in card
+
+def test_every_verdict_on_retrieved_photos_says_no_generation():
+    assert [headline(v) for v in VERDICTS] == [*VERDICTS]
+    assert [headline(v, 'retrieved') for v in VERDICTS] == ['add retrieved photos', 'do not add retrieved photos',
+                                                            'cannot tell']
+
+WEAK = [(dict(photos='nearest'), "your_task.decision.photos is 'nearest': expected a set of real images whose labels"),
+        (dict(candidates=['pool']), "your_task.decision.candidates is 'pool': expected sets of generated images"),
+        (dict(candidates=['photos']), 'or of photos under retrieved'),
+        (dict(test_split='train'), 'no such test split')]
+
+@pytest.mark.parametrize('odd, says', WEAK, ids=['photos', 'pool', 'labelled', 'test'])
+def test_labels_that_nobody_gave_are_only_trained_on(rivals, odd, says):
+    study, _ = rivals
+    p = json.loads(json.dumps(study.raw))
+    p['your_task']['decision'] |= odd
+    assert any(says in text for text in problems(Study(study.dir, p))), problems(Study(study.dir, p))
+
+def test_the_pool_of_a_candidate_decides_the_stage_and_other_questions_stay_as_they_were(rivals, decided):
+    study, _ = rivals
+    other = json.loads(json.dumps(study.raw))
+    other['data']['sets']['pool']['synthetic'] = True
+    a, b = (resolved(Study(study.dir, p))['your_task']['decision'] for p in (study.raw, other))
+    assert a['retrieved']['nearest']['kind'] == 'retrieved' != b['retrieved']['nearest']['kind']
+    assert 'retrieved' not in resolved(decided[0])['your_task']['decision']
