@@ -23,8 +23,8 @@ from .svg import Point, Series, chart, key
 __all__ = ['STYLE', 'SCRIPT', 'shown', 'digits_of', 'Row', 'cite_span', 'place_mark', 'Book', 'Content', 'study_content',
            'own_content', 'findings', 'claim_rows', 'decision_html', 'Figure', 'figure_html', 'scaling_figure',
            'curves_html', 'exchange_figure', 'worth_table', 'mixing_figure', 'exchange_html', 'mixing_html',
-           'curve_table', 'claim_table', 'picture', 'samples_html', 'audit_html', 'limits_html', 'provenance_html',
-           'policy', 'sections_of', 'page', 'write_page', 'write_own_page']
+           'curve_table', 'claim_table', 'picture', 'samples_html', 'class_strips', 'behind_verdict', 'audit_html',
+           'limits_html', 'provenance_html', 'policy', 'sections_of', 'page', 'write_page', 'write_own_page']
 
 # %% ../nbs/09b_page.ipynb #0c880ffb
 def shown(v: float,           # a number
@@ -393,12 +393,13 @@ def _decided_classes(found, note):
     "What changes class by class, folded."
     lines = []
     for i, r in enumerate(found.get('classes') or []):
-        change = cite_span(note, f'classes.{i}.change', f'classes.{i}.ci_lo', f'classes.{i}.ci_hi')
+        ratio = cite_span(note, f'classes.{i}.ratio', f'classes.{i}.ci_lo', f'classes.{i}.ci_hi')
         name, words = note.cite(f'classes.{i}.class'), note.cite(f'classes.{i}.words')
-        lines.append(f'<tr><th scope="row">{name}</th><td>{change}</td><td>{words}</td></tr>')
+        change = note.cite(f'classes.{i}.change', 'points')
+        lines.append(f'<tr><th scope="row">{name}</th><td>{ratio}</td><td>{change}</td><td>{words}</td></tr>')
     if not lines: return ''
     return _folded('Class by class', _table(f'What changes in each class, from {escape(note.table)}',
-                                            ['class', 'change', 'in words'], lines))
+                                            ['class', 'loss times', 'top-1, points', 'in words'], lines))
 
 _LONG = ('Tried', 'Next', 'What would change it')
 
@@ -745,6 +746,93 @@ def samples_html(c: Content    # of a page
     more = f"<p>Not shown: {escape(', '.join(map(c.words, rest)))}.</p>" if rest else ''
     return f'<div class="grid small">{"".join(made)}</div>{more}' if made else ''
 
+# %% ../nbs/09b_page.ipynb #b9219a4e
+_MOST = 6      # classes with pictures, images of each beside each other
+
+def _lines_of(found, note, part, cells):
+    "Rows of a table from a list in the note; cells: functions of a prefix that give HTML, the first a heading."
+    lines = []
+    for i, _ in enumerate(found.get(part) or []):
+        first, *rest = (f(f'{part}.{i}') for f in cells)
+        lines.append(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{v}</td>" for v in rest)}</tr>')
+    return lines
+
+def _cited(note, column, how='loss'):
+    "A function of a prefix: a cell of the note."
+    return lambda at: note.cite(f'{at}.{column}', how)
+
+def _span_at(note, column):
+    "A function of a prefix: an estimate of the note with its interval."
+    return lambda at: cite_span(note, f'{at}.{column}', f'{at}.ci_lo', f'{at}.ci_hi')
+
+def _details(c, note):
+    "Tables behind a verdict: key in the file, caption, columns with their cells."
+    def cited(*columns):
+        return [(head, _cited(note, column, how)) for head, column, how in columns]
+    on = f"on {escape(c.words(note['gain.test_set']))}" if note['gain.test_set'] else 'on test'
+    return [
+        ('controls', 'Against what it was measured', [
+            *cited(('control', 'control', 'loss'), (f'loss {on}', 'loss', 'loss')),
+            ('loss times', _span_at(note, 'ratio'))]),
+        ('anchors', 'Photographs alone, by recipe', cited(
+            ('recipe', 'recipe', 'loss'), ('network', 'arch', 'loss'), ('runs', 'n_seeds', 'count'),
+            ('loss on validation', 'validation_loss', 'loss'), (f'loss {on}', 'loss', 'loss'),
+            ('top-1', 'top1', 'rate'))),
+        ('curve', 'Photographs alone, by their number', cited(
+            ('photographs', 'n_photos', 'count'), ('runs', 'n_seeds', 'count'), (f'loss {on}', 'loss', 'loss'),
+            ('top-1', 'top1', 'rate'))),
+        ('forecast', 'Expected with more photographs', [*cited(('photographs', 'n_photos', 'count')),
+                                                       ('loss', _span_at(note, 'loss'))]),
+        ('drawn', 'Classes as they are drawn', cited(
+            ('class', 'class', 'loss'), ('named right among the images', 'recognized', 'rate'),
+            (f'named right {on}', 'recall', 'rate'), ('in words', 'words', 'loss')))]
+
+# %% ../nbs/09b_page.ipynb #c5e9c810
+def _strip(c, name, i):
+    "A few images of a class of a set; '' without a picture of it."
+    grid = read_grid(c.samples[name]) if name in c.samples else None
+    if grid is None: return ''
+    side = grid.shape[1]//_PER_CLASS
+    there = np.linspace(0, len(c.classes)-1, min(len(grid)//side, len(c.classes))).round().astype(int).tolist()
+    if i not in there: return ''
+    k = there.index(i)
+    said = escape(f'{_MOST} images of {c.classes[i]}: {c.words(name)}')
+    wide, crisp = min(side, _SIDE), ' class="crisp"' if side <= _SIDE//2 else ''
+    return (f'<figure><img alt="{said}" width="{_MOST*wide}" height="{wide}"{crisp} '
+            f'src="{picture(grid[k*side:(k+1)*side], _MOST)}"><figcaption>{escape(c.words(name))}</figcaption>'
+            '</figure>')
+
+def class_strips(c: Content,    # of a page
+                 found: dict    # contents of the file of a verdict
+                ) -> str:       # '' where no class stands out, or there is no picture
+    "Pictures of the classes that gain, lose or are hardly recognised, photographs beside what was added to them."
+    said = {r.get('class'): r.get('words') or '' for r in found.get('classes') or []}
+    odd = {r.get('class'): r.get('words') or '' for r in found.get('drawn') or []}
+    words = {k: '; '.join(w for w in (said.get(k), odd.get(k)) if w and w != 'no change shown')
+             for k in {**said, **odd}}
+    sets = [(found.get(a) or {}).get('set') for a in ('photos', 'source')]
+    out = []
+    for k in [k for k, w in words.items() if w and k in c.classes][:_MOST]:
+        strips = ''.join(_strip(c, n, c.classes.index(k)) for n in sets if n)
+        if strips:
+            out.append(f'<p>{escape(k)}: {escape(words[k])}</p><div class="grid small">{strips}</div>')
+    return ''.join(out)
+
+def behind_verdict(c: Content,               # of a page
+                   name: str = 'decision'    # of the file
+                  ) -> str:                  # '' where the study has no such file
+    "What a verdict rests on: controls, anchors, the person's own curve, the classes in pictures, what was left out."
+    found, note = c.book.note(name)
+    if note is None: return ''
+    parts = []
+    for part, caption, columns in _details(c, note):
+        heads, cells = zip(*columns)
+        if lines := _lines_of(found, note, part, cells):
+            parts.append(_table(caption, heads, lines))
+    left = ''.join(f"<li>{note.cite(f'left_out.{i}')}</li>" for i, _ in enumerate(found.get('left_out') or []))
+    left = f'<p>Left out for lack of time:</p><ul>{left}</ul>' if left else ''
+    return ''.join(parts)+class_strips(c, found)+left+(place_mark(note) if parts or left else '')
+
 # %% ../nbs/09b_page.ipynb #301b9667
 def audit_html(c: Content    # of a page
               ) -> str:      # '' where no audit.csv is beside params.yaml
@@ -999,7 +1087,7 @@ def sections_of(c: Content    # of a page
 # %% ../nbs/09b_page.ipynb #d75c01ea
 def _others(c, names):
     "The verdicts on further questions, as a part of the page."
-    text = ''.join(f'<h3>{escape(n)}</h3>{decision_html(c, n, 4)}' for n in names)
+    text = ''.join(f'<h3>{escape(n)}</h3>{decision_html(c, n, 4)}{behind_verdict(c, n)}' for n in names)
     return [('questions', 'Other questions', text)]*bool(text)
 
 def page(c: Content    # what it shows
@@ -1012,6 +1100,8 @@ def page(c: Content    # what it shows
     parts[:0] = _others(c, asked[1:])
     if decided and said:
         parts.insert(0, ('found', 'What was found', f'<ul class="findings">{said}</ul>'))
+    if asked and (behind := behind_verdict(c, asked[0])):
+        parts.insert(0, ('behind', 'Behind the verdict', behind))
     contents = ''.join(f'<li><a href="#{i}">{head}</a></li>' for i, head, _ in parts)
     sections = '\n'.join(f'<section aria-labelledby="{i}"><h2 id="{i}">{head}</h2>{text}</section>'
                          for i, head, text in parts)

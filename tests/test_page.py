@@ -22,7 +22,15 @@ DECISION = {
              'top1_lo': .004, 'top1_hi': .04, 'n_seeds': 5},
     'photos_for_same_gain': {'n': 70, 'ci_lo': 60, 'ci_hi': 90, 'words': None},
     'next': [{'what': 'twice as many photographs', 'n': 100, 'ratio': .63, 'ci_lo': .5, 'ci_hi': .8}],
-    'classes': [{'class': 'three', 'change': .05, 'ci_lo': -.01, 'ci_hi': .1, 'words': 'not shown'}],
+    'classes': [{'class': 'three', 'ratio': .8, 'ci_lo': .7, 'ci_hi': .9, 'change': .05, 'words': 'gains'},
+                {'class': 'four', 'ratio': 1., 'ci_lo': .9, 'ci_hi': 1.1, 'change': 0., 'words': 'no change shown'}],
+    'controls': [{'control': 'the photographs alone', 'loss': .6, 'ratio': .834, 'ci_lo': .73, 'ci_hi': .95}],
+    'anchors': [{'recipe': 'convnext_digits', 'arch': 'convnext_atto', 'n_seeds': 3, 'validation_loss': .5, 'loss': .61,
+                 'top1': .8}],
+    'curve': [{'n_photos': 50, 'n_seeds': 3, 'loss': .62, 'top1': .79}],
+    'forecast': [{'n_photos': 150, 'loss': .4, 'ci_lo': .3, 'ci_hi': .5}],
+    'drawn': [{'class': 'five', 'recognized': .21, 'recall': .93, 'words': 'hardly recognised in the images'}],
+    'left_out': ['recipe slow: with it, the rest would not fit into the time'],
     'near_copies': {'n': 0, 'of': 3200}, 'hours': .4, 'would_change': 'Fifty more photographs.',
     'commands': ['synthscale generate-shards reference', 'dvc repro --with-an-option-that-is-as-long-as-one-can-be']}
 
@@ -170,7 +178,7 @@ def parts(text):
     "The ids of the parts of a page."
     return [e['at']['id'] for e in Tree(text).all('h2') if 'id' in e['at']]
 
-EVERY = ['found', 'curves', 'exchange', 'added', 'claims', 'all', 'images', 'audit', 'limits', 'sources']
+EVERY = ['behind', 'found', 'curves', 'exchange', 'added', 'claims', 'all', 'images', 'audit', 'limits', 'sources']
 GONE = {'exchange': ['exchange'], 'added_data': ['added'], 'laws': [], 'forecasts': [], 'comparisons': [],
         'primary': [], 'clip_primary': [], 'clip_gaps': [], 'diagnostics': [],
         'summary': ['curves', 'all']}
@@ -231,7 +239,7 @@ def test_each_question_has_its_verdict(full, tmp_path):
     text = page(study_content(Study(tmp_path, Study(ROOT).raw | {'your_task': {'one': {}, 'two': {}, 'three': {}}})))
     first, rest = text.split('</section>', 1)
     assert 'Do not generate.' in first and 'Cannot tell.' in rest and 'Generate.' not in text
-    assert parts(text)[:3] == ['found', 'questions', 'curves'] and fetched(text) == []
+    assert parts(text)[:3] == ['behind', 'found', 'questions', 'curves'] and fetched(text) == []
     accessible(text)
 
 # ---- every number is a cell of the table that it names
@@ -358,7 +366,20 @@ def test_headings_tables_and_pictures_have_words(pages, name):
 
 def test_so_they_have_in_a_page_with_every_part(full):
     accessible(read(full))
-    assert len(Tree(read(full)).all('img')) == len(Study(full).report.samples)
+    sets = Study(full).report.samples      # and strips of three and five, of what is there of photographs and source
+    strips = 2*len({DECISION['photos']['set'], DECISION['source']['set']} & set(sets))
+    assert len(Tree(read(full)).all('img')) == len(sets)+strips and strips > 0
+
+def test_what_a_verdict_rests_on_is_shown(full):
+    "Every number of the file's lists, and pictures of the classes that stand out, and of no other."
+    text = read(full).split('id="behind"')[1].split('</section>')[0]
+    said = re.sub('<[^>]*>', ' ', text)
+    for words in ('the photographs alone', 'convnext_atto', '0.83', '0.61', '0.79', '150', '0.93', '0.21', 'recipe slow',
+                  'three : gains', 'five : hardly recognised'):
+        assert words in said.replace(':', ' :').replace('  ', ' '), words
+    assert 'images of three' in text and 'images of five' in text and 'images of four' not in text
+    for key in ('controls', 'anchors', 'curve', 'forecast', 'drawn', 'left_out'):
+        assert f'decision.json:0:{key}.0' in text, key
 
 def accessible(text):
     "Language, one first heading, no level left out, captions, heads with a scope, alternatives, ids that exist once."
