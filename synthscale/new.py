@@ -181,6 +181,7 @@ def look_into(folder,                    # of photographs: CLASS/image, or SPLIT
     return out
 
 # %% ../nbs/11_new.ipynb #b9062c56
+_POOL, _FOUND = 'pool', 'from_pool'      # the set of other photos, and the set of those that are retrieved from it
 _LEAST = dict(test=2, val=2, train=2)      # images of the smallest class, in each split
 
 def set_aside(counts: dict,        # class -> usable images
@@ -203,8 +204,6 @@ def sizes_of(n: int,          # training images
     return sorted({max(step, n//part//step*step) for part in (8, 4, 2, 1)})
 
 # %% ../nbs/11_new.ipynb #70eef9a6
-_POOL, _FOUND = 'pool', 'from_pool'      # the set of other photos, and the set of those that are retrieved from it
-
 @dataclass
 class Task:
     "What `synthscale new` is asked for."
@@ -225,11 +224,6 @@ class Task:
         "Set -> folder."
         named = dict(photos=self.images) | {k: v for k, v in (('own_test', self.test), ('elsewhere', self.ood)) if v}
         return named | dict(zip(self.candidate_names, self.candidates))
-
-    @property
-    def folders(self) -> dict:
-        "Set -> folder, with the pool, whose photos have no classes."
-        return self.inputs | ({_POOL: self.pool} if self.pool else {})
 
     def look(self,
              name: str    # of a set
@@ -271,9 +265,13 @@ class Task:
     @property
     def root(self) -> Path:
         "The folder that all inputs are in."
-        return Path(os.path.commonpath([Path(p).resolve().parent for p in self.folders.values()]))
+        return Path(os.path.commonpath([Path(p).resolve().parent for p in _folders(self).values()]))
 
 # %% ../nbs/11_new.ipynb #7b3882a1
+def _folders(task):
+    "Set -> folder, with the pool, whose photos have no classes."
+    return task.inputs | ({_POOL: task.pool} if task.pool else {})
+
 def _flow(value):
     "A value as YAML on one line: plain words as they are, others as JSON writes them."
     if isinstance(value, dict): return '{'+', '.join(f'{_flow(k)}: {_flow(v)}' for k, v in value.items())+'}'
@@ -695,7 +693,7 @@ def terms_of(folder    # of images, or a zip
 
 def _say_terms(task, study):
     "The files beside each input that may say its terms, and the licences of models."
-    for name, folder in task.folders.items():
+    for name, folder in _folders(task).items():
         found = terms_of(folder)
         said = ', '.join(os.path.relpath(f, Path(folder).resolve().parent) for f in found)
         print(f"{name}: {'its terms may be in '+said if said else 'no file beside it states terms of use'}")
@@ -859,7 +857,7 @@ def _check_inputs(task, folder):
     if not shutil.which('git'): raise StudyError("git is not installed: a study is versioned by git and DVC")
     if task.pool:
         _check_pool(task)
-    places = {n: Path(p).resolve() for n, p in task.folders.items()}
+    places = {n: Path(p).resolve() for n, p in _folders(task).items()}
     for n, p in places.items():
         if folder == p or p in folder.parents:
             raise StudyError(f"{folder}: the study would lie inside {p}, whose images it is about; choose a folder "

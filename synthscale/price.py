@@ -122,6 +122,7 @@ def question_rows(study: Study,   # the study
     rows.append(cost('the choice measured again', [twice, 1, twice]*t.fresh_seeds))
     return [r for r in rows if r['runs']]
 
+# %% ../nbs/11a_price.ipynb #8e32586a
 def _feature_rows(study, speeds, workers):
     "The features of probes, of every image that is trained or tested on, and those that a pool is compared by."
     made = {s: len(read_manifest(study.set_dir(s))) for s in study.data.sets if study.set_dir(s).exists()}
