@@ -129,8 +129,7 @@ class Runs:
         "What runs that are not there yet will take, side by side."
         points = self.points(settings, seeds)
         each = [samples_shown(self.study, p)*self.seconds_an_image(p.recipe) for p in points.values()]
-        if not each: return 0.
-        return max(sum(each)/min(usable_processes(self.workers), len(each)), max(each))/60
+        return max(sum(each)/min(usable_processes(self.workers), max(len(each), 1)), max(each, default=0.))/60
 
     @property
     def spent(self) -> float:    # minutes
@@ -138,10 +137,8 @@ class Runs:
         every = [r['made']['wall_s'] for by in self.done.values() for r in by.values()]
         return sum(every)/usable_processes(self.workers)/60
 
-    def has_time(self,
-                 minutes: float    # of what is to be run
-                ) -> bool:
-        "Whether there is time."
+    def has_time(self, minutes: float) -> bool:
+        "Whether there is time for so much."
         return self.spec.minutes is None or self.spent+minutes <= self.spec.minutes
 
     def fits(self,
@@ -186,6 +183,7 @@ def _last_step(runs: Runs,       # of the question
     spec = runs.spec
     return [setting, *controls_of(spec, setting).values()], range(spec.seeds, spec.seeds+spec.fresh_seeds)
 
+# %% ../nbs/10_your_task.ipynb #0c967ce9
 def choose_recipe(runs: Runs    # of the question
                  ) -> str:
     "Each recipe on the photographs alone; the best is used."

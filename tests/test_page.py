@@ -239,7 +239,7 @@ def test_each_question_has_its_verdict(full, tmp_path):
     text = page(study_content(Study(tmp_path, Study(ROOT).raw | {'your_task': {'one': {}, 'two': {}, 'three': {}}})))
     first, rest = text.split('</section>', 1)
     assert 'Do not generate.' in first and 'Cannot tell.' in rest and 'Generate.' not in text
-    assert parts(text)[:3] == ['behind', 'found', 'questions', 'curves'] and fetched(text) == []
+    assert parts(text)[:4] == ['behind', 'found', 'questions', 'curves'] and fetched(text) == []
     accessible(text)
 
 # ---- every number is a cell of the table that it names
@@ -374,8 +374,8 @@ def test_what_a_verdict_rests_on_is_shown(full):
     "Every number of the file's lists, and pictures of the classes that stand out, and of no other."
     text = read(full).split('id="behind"')[1].split('</section>')[0]
     said = re.sub('<[^>]*>', ' ', text)
-    for words in ('the photographs alone', 'convnext_atto', '0.83', '0.61', '0.79', '150', '0.93', '0.21', 'recipe slow',
-                  'three : gains', 'five : hardly recognised'):
+    for words in ('the photographs alone', 'convnext_atto', '0.83', '0.61', '0.79', '150', '0.93', '0.21',
+                  'recipe slow', 'three : gains', 'five : hardly recognised'):
         assert words in said.replace(':', ' :').replace('  ', ' '), words
     assert 'images of three' in text and 'images of five' in text and 'images of four' not in text
     for key in ('controls', 'anchors', 'curve', 'forecast', 'drawn', 'left_out'):
