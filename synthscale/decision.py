@@ -11,7 +11,7 @@ from .forecast import forecast, make_curve
 from .recipes import unpack_values
 
 # %% auto #0
-__all__ = ['VERDICTS', 'KINDS', 'image_values', 'split_mean', 'loss_gain', 'rate_gain', 'verdict_of', 'weakest', 'percent',
+__all__ = ['VERDICTS', 'KINDS', 'image_values', 'split_mean', 'loss_gain', 'rate_gain', 'verdict_of', 'deciding', 'percent',
            'headline', 'verdict_words', 'what_would_tell', 'would_change', 'class_gains', 'own_slope', 'more_photos',
            'photos_for', 'after_photos', 'forecast_photos']
 
@@ -71,10 +71,11 @@ def verdict_of(gains: dict    # control -> as `loss_gain` gives it
     if any(g['ci_lo'] > 1 for g in gains.values()): return 'do not generate'
     return 'generate' if gains and all(g['ci_hi'] < 1 for g in gains.values()) else 'cannot tell'
 
-def weakest(gains: dict    # control -> as `loss_gain` gives it
-           ) -> str:       # a control
-    "The control against which the gain is smallest: the better one."
-    return max(gains, key=lambda k: gains[k]['ratio'])
+def deciding(gains: dict    # control -> as `loss_gain` gives it
+            ) -> str:       # a control
+    "The control that a verdict rests on: the one it is surest that images harm against, else that they least help."
+    end = 'ci_lo' if verdict_of(gains) == 'do not generate' else 'ci_hi'
+    return max(gains, key=lambda k: (gains[k][end], gains[k]['ratio']))
 
 def percent(ratio: float    # of losses
            ) -> str:
@@ -188,7 +189,10 @@ def photos_for(n: int,       # photographs there are
     most = 1000*n
     out = {k: None if not v < most else round(v) for k, v in ends.items()}
     said = {k: 'any number' if v is None else f'{v:,}' for k, v in out.items()}
-    return out | dict(words=f"{said['n']} more photographs [{said['ci_lo']}, {said['ci_hi']}]")
+    words = f"{said['n']} more photographs"
+    if np.isfinite([slope['ci_lo'], slope['ci_hi']]).all():      # of one run each a curve has no interval
+        words += f" [{said['ci_lo']}, {said['ci_hi']}]"
+    return out | dict(words=words)
 
 def after_photos(n: int,      # photographs there are
                  more: int,   # that are added

@@ -419,7 +419,7 @@ def _found_line(plan):
     "What is retrieved from the pool, in params.yaml: a section of one line."
     if not plan.found: return ''
     spec = dict(pool=_POOL, photos='photos', backbone='backbone', n_per_class=plan.found, fewer=True)
-    return f'\nretrieved: {_flow({_FOUND: spec})}      # the nearest of each class, without copies of tested images\n'
+    return f'retrieved: {_flow({_FOUND: spec})}      # the nearest of each class, without copies of tested images'
 
 def _lines(texts):
     "Several lines as one text."
@@ -514,7 +514,6 @@ data:
 
 recipes:      # samples_seen_at_100: images shown at 100 photographs, as the minutes allow
 {_lines(_recipe(task, plan, r) for r in plan.recipes)}
-
 classify:
   eval: {_flow(tests)}
   recipe: {plan.recipes[0]}
@@ -523,11 +522,9 @@ classify:
   compute_seeds: 0
   curves:
 {_lines(_curves(task, plan))}
-
 your_task:                     # would generated images help? The answer: results/decision.json
   decision:
 {_lines(_question(task, plan))}
-
 laws: {{metric: loss_calibrated}}      # cross-entropy after one temperature, found on the split val
 report: {{scaling: [photos], samples: {_flow(shown)}}}
 """

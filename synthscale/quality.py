@@ -218,11 +218,12 @@ def _inspected(folder, splits):
     return hashes, np.concatenate(seen)
 
 def copies_of(study: Study,  # the study
-              splits: list,  # of the set that is tested on
-              images         # uint8, n x h x w x c
+              splits: list,  # of the set
+              images,        # uint8, n x h x w x c
+              of: str = ''   # the set; '': the one that the study tests on
              ):              # exact, near: of each image; how many images were compared with
-    "Which images are also in some splits of the set that the study tests on."
-    hashes, seen = _inspected(study.set_dir(study.classify.eval.set), splits)
+    "Which images are also in some splits of a set, the one that the study tests on if none is named."
+    hashes, seen = _inspected(study.set_dir(of or study.classify.eval.set), splits)
     there = set(hashes)
     exact = np.array([h in there for h in pixel_hash(images)])
     return exact, near(looks(images), seen, study.data.near_bits), len(hashes)

@@ -14,8 +14,8 @@ from pydantic import Field
 from .classify import (arch_of, bring_points, check_leak, run_points, samples_shown, split_of, split_rows,
                                  tested_rows, trained_net, usable_processes, write_points)
 from .curves import Point, kind_of
-from .decision import (KINDS, after_photos, class_gains, forecast_photos, headline, loss_gain, own_slope,
-                                 photos_for, rate_gain, split_mean, verdict_of, verdict_words, weakest, would_change)
+from .decision import (KINDS, after_photos, class_gains, deciding, forecast_photos, headline, loss_gain,
+                                 own_slope, photos_for, rate_gain, split_mean, verdict_of, verdict_words, would_change)
 from .exchange import fit_mixture, jackknife, marginal
 from .quality import copies_of, recognized
 from .shards import check_subset, load_set
@@ -313,7 +313,7 @@ def answer(runs: Runs,       # of the question
     with_, *without = runs.add(settings, seeds)
     controls = dict(zip(controls_of(spec, chosen), without))
     gains = {k: loss_gain(with_, c, split) for k, c in controls.items()}
-    better = weakest(gains)
+    better = deciding(gains)
     gain, verdict, kind = gains[better], verdict_of(gains), kind_of(study, chosen.candidate)
     rate = rate_gain(with_, controls[better], split)
     labels = split_rows(study, study.classify.eval.set_of(split), split).label
@@ -351,6 +351,7 @@ def next_generated(runs: Runs,        # of the question
     df = _mixture_rows(runs, chosen)
     sizes = df[df.n_synthetic > 0]
     if sizes.n_real.nunique() < 2 or df.n_synthetic.nunique() < 3: return None
+    if not (df.value > 0).all(): return None       # every validation image is named right without doubt: no law
     def log_ratio(d):
         return np.log(marginal(fit_mixture(d), chosen.n_real, chosen.n_synthetic, more)['synthetic'])
     seeds = sorted(df.seed.unique())
@@ -402,13 +403,19 @@ def drawn_classes(runs: Runs,      # of the question
 
 def near_copies_of(runs: Runs,      # of the question
                    candidate: str   # a set
-                  ) -> dict:        # n, of: images that were looked at; photographs
-    "How many generated images are near copies of a photograph that is trained on."
+                  ) -> dict:        # n, of: images looked at; photos: compared with; tested: copies of images that are
+                                    # selected or tested on
+    "How many images of a candidate are near copies of a photograph."
     rows = split_rows(runs.study, candidate, 'train')
     i = np.sort(np.random.default_rng(0).permutation(len(rows))[:_LOOKED_AT])
     images = load_set(runs.study.set_dir(candidate), 'train', rows=i).images
-    exact, near, photos = copies_of(runs.study, ['train'], np.asarray(images))
-    return dict(n=int((exact | near).sum()), of=len(images), photos=photos)
+    e, images = runs.study.classify.eval, np.asarray(images)
+    exact, near, photos = copies_of(runs.study, ['train'], images, runs.spec.photos)
+    tested = np.zeros(len(images), bool)
+    for k in e.every:
+        same, like, _ = copies_of(runs.study, [k], images, e.set_of(k))
+        tested |= same | like
+    return dict(n=int((exact | near).sum()), of=len(images), photos=photos, tested=int(tested.sum()))
 
 def _hours(study, source):
     "Hours that the recommended images took to draw, or will take: those of the source, by their number."
@@ -519,6 +526,9 @@ def said(out: dict    # contents of results/NAME.json
     top1 = f"top-1 {g['top1']:+.1%} [{g['top1_lo']:+.1%}, {g['top1_hi']:+.1%}]"
     lines = [(out.get('headline') or out['verdict']).upper(), f"{what}: {out['why']}",
              f"{top1} on {g['n_test']:,} test images, {g['n_seeds']} seeds; recipe {out['recipe']}"]
+    if known := out['near_copies']['tested']:
+        lines.insert(1, f"not to be relied on: {known} of {out['near_copies']['of']:,} images that were looked at are "
+                        "near copies of images that are selected or tested on; leave them out and ask again")
     if 'photos_for_same_gain' in out and out['verdict'] == 'generate':
         lines.append(f"as much as {out['photos_for_same_gain']['words']}")
     lines += [f"the next {x['n']:,} {x['what']}: loss x {_with_interval(x, 'ratio')}" for x in out['next']]
@@ -561,7 +571,7 @@ def recommended(out: dict    # contents of results/NAME.json
     n = out['photos']['n']
     if out['verdict'] == 'generate':
         return Setting(out['recipe'], n, out['source']['set'], out['source']['n_synthetic'])
-    longer = out['verdict'] and out['gain']['against'] == _LONGER
+    longer = out['verdict'] and min(out['controls'], key=lambda c: c['loss'])['control'] == _LONGER
     return Setting(out['recipe'], n, times=1/(1-out['source']['share']) if longer else 1.)
 
 def _card(study, out, setting, measured, licence):

@@ -591,8 +591,9 @@ def test_a_pool_is_planned_priced_and_looked_into(here, net, tmp_path, capsys):
     assert 'the stage retrieved leaves copies out' in said and 'from_pool: 21 of the 43 photos' in said
 
 def test_the_longest_params_yaml_with_a_pool_is_still_short(asked, here, net, tmp_path):
-    study = new_task(task(here, tmp_path, pool=photos(tmp_path/'other', x=40), backbone=net, test=here/'twin'/'made',
-                          ood=here/'uneven', models=['a/open', f'b/sd.x@{"3"*40}'], candidates=[here/'made']))
+    study = new_task(task(here, tmp_path, pool=photos(tmp_path/'other', x=40), backbone=net, ood=here/'uneven',
+                          test=photos(tmp_path/'shown', cat=6, dog=6), models=['a/open', f'b/sd.x@{"3"*40}'],
+                          candidates=[here/'made']))
     assert problems(Study(study.dir)) == [] and len((study.dir/'params.yaml').read_text().splitlines()) <= 60
 
 def quick(p):

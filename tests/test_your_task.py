@@ -2,7 +2,9 @@
 import json, re, shutil
 import numpy as np, pandas as pd, pytest
 from conftest import edit
+from PIL import Image
 from hypothesis import given, settings, strategies as st
+from synthscale.classify import read_record, sealed
 from synthscale.data import build_set
 from synthscale.decision import (VERDICTS, class_gains, headline, loss_gain, more_photos, photos_for, verdict_of,
                                  what_would_tell)
@@ -10,10 +12,11 @@ from synthscale.page import decision_html, study_content
 from synthscale.params import problems, resolved
 from synthscale.recipes import pack_values
 from synthscale.retrieved import retrieve_set
+from synthscale.shards import load_set
 from synthscale.smoke import make_inputs, photo_params, smoke_params, write_photos
 from synthscale.study import Study, StudyError, write_atomic
-from synthscale.your_task import (Runs, Setting, _last_step, check_task, choose_recipe, run_pilots, run_task, said,
-                                  save_model)
+from synthscale.your_task import (Runs, Setting, _last_step, _run_grid, check_task, choose_recipe, near_copies_of,
+                                  next_generated, run_pilots, run_task, said, save_model)
 
 QUESTION = dict(photos='digits', candidates=['rendered'], recipes=['convnext_digits'], test_split='test',
                 n_photos=[10, 20], n_pilot=20, n_more=[40], seeds=2, fresh_seeds=2)
@@ -167,7 +170,8 @@ def at_equal_speed(study, folder):
     for f in study.path('build', 'points').rglob('*.json'):
         r = json.loads(f.read_text())
         r['made']['wall_s'] = 1e-3*r['config']['samples_seen']
-        f.write_text(json.dumps(r))
+        f.write_text(json.dumps(sealed(r)))
+        assert read_record(f.read_text())
     return study
 
 def test_what_does_not_fit_into_the_minutes_is_left_out_and_said(decided, tmp_path):
@@ -326,3 +330,35 @@ def test_the_pool_of_a_candidate_decides_the_stage_and_other_questions_stay_as_t
     a, b = (resolved(Study(study.dir, p))['your_task']['decision'] for p in (study.raw, other))
     assert a['retrieved']['nearest']['kind'] == 'retrieved' != b['retrieved']['nearest']['kind']
     assert 'retrieved' not in resolved(decided[0])['your_task']['decision']
+
+def test_an_answer_is_there_where_every_validation_image_is_named_right_without_doubt(decided):
+    "A loss of 0 has no logarithm, so no mixture law; what was trained is not lost by that."
+    study, out = decided
+    runs = Runs(study, check_task(study, 'decision'), 1)
+    chosen = run_pilots(runs, choose_recipe(runs))
+    _run_grid(runs, chosen, 0.)
+    assert next_generated(runs, chosen)['n'] == 1000
+    for by in runs.done.values():
+        for r in by.values():
+            r['tests']['val']['loss_calibrated'] = 0.
+    assert next_generated(runs, chosen) is None
+
+def test_near_copies_of_tested_images_are_counted_and_the_answer_says_so(decided, tmp_path):
+    "They are no longer the same pixels, so nothing refuses them."
+    first, out = decided
+    shutil.copytree(first.dir, tmp_path/'copy', symlinks=True)
+    test = load_set(first.set_dir('digits'), 'test')
+    for i in range(40):
+        to = tmp_path/'copy'/'data'/'near'/first.study.classes[test.labels[i]]/f'{i}.png'
+        to.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((test.images[i, ..., 0]//2*2+1).astype(np.uint8)).save(to)
+    p = json.loads((tmp_path/'copy'/'params.yaml').read_text())
+    p['data']['sets']['near'] = dict(type='imagefolder', input='data/near', synthetic=True, fewer_classes=True)
+    write_atomic(tmp_path/'copy'/'params.yaml', json.dumps(p))
+    study = Study(tmp_path/'copy')
+    build_set(study, 'near')
+    runs = Runs(study, check_task(study, 'decision'), 1)
+    found = near_copies_of(runs, 'near')
+    assert found['tested'] > 30 and found['of'] == 40 and near_copies_of(runs, 'rendered')['tested'] == 0
+    assert 'not to be relied on: ' not in said(out)
+    assert 'not to be relied on: ' in said(out | dict(near_copies=found)).split('\n')[1]
