@@ -56,7 +56,7 @@ class Analysis:
     @cached_property
     def curves(self):
         "The points of the study, as the stages read them."
-        return read_curves(self.study.path('results', 'curves.csv'))
+        return read_curves(self.study.path('results', 'curves.csv'), zero=True)
 
     @cached_property
     def styles(self):

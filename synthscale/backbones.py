@@ -15,7 +15,7 @@ from .study import Count, Section, Study, StudyError, atomic_file, file_sha256, 
 
 # %% auto #0
 __all__ = ['NOT_READ', 'ENDINGS', 'BATCH', 'OwnClasses', 'FEATURES', 'BackboneSpec', 'backbone_faults', 'check_backbone',
-           'read_weights', 'fit_weights', 'own_names', 'create_backbone', 'described', 'save_backbone',
+           'read_weights', 'fit_weights', 'own_names', 'create_backbone', 'fixed_size', 'described', 'save_backbone',
            'restore_backbone', 'load_backbone', 'fit_input', 'prepare_images', 'backbone_features', 'backbone_logits',
            'class_indices', 'class_logits', 'fetch_weights', 'weights_hash', 'bring_backbone', 'backbone_folder',
            'features_key', 'backbone_config', 'features_file', 'set_features']
@@ -182,6 +182,16 @@ def create_backbone(config: dict    # arch, kwargs, n_classes and channels
                                  **config['kwargs'])
     except (TypeError, ValueError, AssertionError, RuntimeError) as e:
         raise StudyError(f"timm's {arch} does not take kwargs {config['kwargs']}: {_first(e)}") from None
+
+def fixed_size(arch: str,     # timm's name
+               kwargs: dict   # its keyword arguments in params.yaml
+              ) -> int:       # pixels per side; None: it takes any
+    "The only size that an architecture takes: most transformers have one place of each patch."
+    from timm.models import get_pretrained_cfg
+    if kwargs.get('dynamic_img_size'): return None
+    c = get_pretrained_cfg(arch)
+    if c is None or not c.fixed_input_size: return None
+    return kwargs.get('img_size') or c.input_size[-1]
 
 def described(spec: BackboneSpec    # one entry of models
              ) -> dict:             # what config.json has of it

@@ -233,7 +233,9 @@ def run_contrast(rows: pd.DataFrame,    # as in curves.csv: one test set and met
     test = rows.test_set.iloc[0]
     keys = [[(*c[:len(CELL)], s, test) for c in weight] for s in seeds]
     if not all(k in by_run for line in keys for k in line): return simple
-    known = contrast([[by_run[k] for k in line] for line in keys], w, seeds)
+    each = np.array([[by_run[k] for k in line] for line in keys])
+    if not (each.mean(-1) > 0).all(): return simple            # losses too small to be kept have no influence
+    known = contrast(each, w, seeds)
     return Contrast(simple.seeds, simple.value, known.influence)
 
 # %% ../nbs/07j_components.ipynb #407d7213

@@ -4,16 +4,19 @@
 
 # %% ../nbs/07n_decision.ipynb #5a710334
 from __future__ import annotations
+from itertools import chain, zip_longest
 import numpy as np
-from scipy.special import stdtrit
-from .components import Contrast, contrast, effect, holm, slope_weights
+from scipy.optimize import brentq
+from scipy.special import stdtr, stdtrit
+from .components import Contrast, banerjee, contrast, effect, holm, satterthwaite, slope_weights
 from .forecast import forecast, make_curve
 from .recipes import unpack_values
 
 # %% auto #0
-__all__ = ['VERDICTS', 'KINDS', 'image_values', 'split_mean', 'loss_gain', 'rate_gain', 'verdict_of', 'deciding', 'percent',
-           'headline', 'verdict_words', 'what_would_tell', 'would_change', 'class_gains', 'own_slope', 'more_photos',
-           'photos_for', 'after_photos', 'forecast_photos']
+__all__ = ['MOST_RATIO', 'VERDICTS', 'KINDS', 'FEW_IMAGES', 'FEW_CHOSEN', 'image_values', 'split_mean', 'loss_gain', 'rate_gain',
+           'verdict_of', 'doubt_of', 'deciding', 'percent', 'headline', 'verdict_words', 'level_at', 'what_would_tell',
+           'would_change', 'class_gains', 'marked_classes', 'own_slope', 'more_photos', 'photos_for', 'after_more',
+           'forecast_photos']
 
 # %% ../nbs/07n_decision.ipynb #ae958e99
 def image_values(record: dict,   # of a point
@@ -26,39 +29,81 @@ def image_values(record: dict,   # of a point
 
 def split_mean(records: dict,   # seed -> record
                split: str,
-               metric: str = 'loss_calibrated'
+               metric: str = 'loss_calibrated',
+               images=None      # which images of it, for a metric of single images; None: all
               ) -> float:
     "The mean over runs of a metric on a split."
+    if images is not None: return float(np.mean([image_values(r, split, metric)[images] for r in records.values()]))
     return float(np.mean([r['tests'][split][metric] for r in records.values()]))
 
 def _seeds(a, b):
     "The seeds that both arms have."
     return sorted(set(a) & set(b))
 
+# %% ../nbs/07n_decision.ipynb #92abc4e8
+MOST_RATIO = 1e3     # an interval's ends are cut there, and at 1/1000: where few runs refute no ratio, it has none
+
+class _Arms:
+    "The losses of two arms, runs x images each, and how uncertain mean(a) - r mean(b) is."
+    def __init__(self, a, b):
+        self.n_seeds, self.n_test = a.shape
+        self.mean, spread = np.array([a.mean(), b.mean()]), np.full((2, 2), np.nan)
+        if self.n_seeds > 1:
+            spread = np.cov(a.mean(1), b.mean(1))/self.n_seeds
+        self.parts = [(spread, self.n_seeds-1), (np.cov(a.mean(0), b.mean(0))/self.n_test, self.n_test-1)]
+
+    def terms(self, r):
+        "The variance of the difference that the seeds give, and that the images give, with degrees of freedom."
+        w = np.array([1., -r])
+        return [(max(float(w@c@w), 0.) if np.isfinite(c).all() else np.nan, df) for c, df in self.parts]
+
+    def distance(self, r):
+        "The difference over its standard error, and its degrees of freedom."
+        terms, d = self.terms(r), self.mean@[1., -r]
+        se, how = np.sqrt(sum(v for v, _ in terms)), banerjee if self.n_seeds < 3 else satterthwaite
+        return (abs(d)/se if se else 0. if d == 0 else np.inf), how(terms)
+
+    def end(self, way, level):
+        "The ratio, in one direction from the estimate, from where on it is refuted."
+        def beyond(x):
+            t, df = self.distance(np.exp(x))
+            return min(t, 1e9)-stdtrit(df, (1+level)/2)
+        start, most = np.log(self.mean[0]/self.mean[1]), np.log(MOST_RATIO)
+        x = start+way*np.concatenate([[0], np.geomspace(1e-4, max(most-way*start, 1e-3), 60)])
+        i = next((i for i, v in enumerate(x[1:], 1) if beyond(v) > 0), None)
+        if i is None: return float(np.exp(x[-1]))
+        return float(np.exp(x[1] if i == 1 else brentq(beyond, x[i-1], x[i])))
+
 def loss_gain(a: dict,               # seed -> record: the arm that is judged
               b: dict,               # seed -> record: what it is compared with
               split: str,            # measured on it
               images=slice(None),    # which images of it
-              metric: str = 'loss_calibrated'
-             ) -> dict:              # ratio of losses a / b with ci_lo, ci_hi; p; the parts of its uncertainty
-    "How much smaller a loss is, as a ratio; its interval covers the seeds of the runs and the test images."
+              metric: str = 'loss_calibrated',
+              level: float = .95     # of the interval
+             ) -> dict:              # ratio of mean losses a / b with ci_lo, ci_hi; p; the parts of its uncertainty
+    "How much smaller a loss is, as a ratio with Fieller's interval over the seeds of the runs and the test images."
     seeds = _seeds(a, b)
-    cells = [[image_values(arm[s], split, metric)[images] for arm in (a, b)] for s in seeds]
-    e = effect([contrast(np.maximum(cells, 1e-9), [1., -1.], seeds)])
-    ends = {k: float(np.exp(e[k])) for k in ('ci_lo', 'ci_hi')}
-    return dict(ratio=float(np.exp(e['estimate'])), **ends, **{k: e[k] for k in
-                ('p', 'df', 'sd_seeds', 'sd_images', 'n_seeds', 'n_test')})
+    cells = [np.array([image_values(arm[s], split, metric)[images] for s in seeds], float) for arm in (a, b)]
+    arms = _Arms(*(np.maximum(c, 1e-9) for c in cells))
+    out = dict(ratio=float(arms.mean[0]/arms.mean[1]), ci_lo=np.nan, ci_hi=np.nan, p=np.nan, df=np.nan)
+    if len(seeds) > 1:
+        t, df = arms.distance(1.)
+        out |= dict(ci_lo=arms.end(-1, level), ci_hi=arms.end(1, level), p=float(2*stdtr(df, -t)), df=float(df))
+    sd = {k: float(np.sqrt(v/arms.mean.prod())) for k, (v, _) in zip(('sd_seeds', 'sd_images'), arms.terms(1.))}
+    return out | sd | dict(n_seeds=arms.n_seeds, n_test=arms.n_test, level=level)
 
+# %% ../nbs/07n_decision.ipynb #51eecb0d
 def rate_gain(a: dict,        # seed -> record: the arm that is judged
               b: dict,        # seed -> record: what it is compared with
               split: str,     # measured on it
-              images=slice(None)    # which images of it
+              images=slice(None),   # which images of it
+              level: float = .95    # of the interval
              ) -> dict:       # change of top-1, a minus b, with ci_lo and ci_hi
     "How many more images are named right, as a share of all."
     seeds = _seeds(a, b)
     d = np.array([image_values(a[s], split, 'top1')[images]-image_values(b[s], split, 'top1')[images] for s in seeds])
     mean = d.mean(1)
-    e = effect([Contrast(tuple(seeds), mean, d-mean[:, None])])
+    e = effect([Contrast(tuple(seeds), mean, d-mean[:, None])], level=level)
     return dict(change=e['estimate'], ci_lo=e['ci_lo'], ci_hi=e['ci_hi'])
 
 # %% ../nbs/07n_decision.ipynb #80ac8b45
@@ -70,6 +115,27 @@ def verdict_of(gains: dict    # control -> as `loss_gain` gives it
     "What the comparisons with all controls say."
     if any(g['ci_lo'] > 1 for g in gains.values()): return 'do not generate'
     return 'generate' if gains and all(g['ci_hi'] < 1 for g in gains.values()) else 'cannot tell'
+
+FEW_IMAGES = 20        # with fewer test images nothing is said, of a study or of a class
+FEW_CHOSEN = 100       # with fewer images to select on the temperature may be far off
+
+def doubt_of(gains: dict,     # control -> as `loss_gain` gives it
+             plain: dict,     # control -> the same of the loss without a temperature
+             n_chosen: int    # images of the split that the temperature is found on
+            ) -> str:         # words; '' where there is none
+    "Why a verdict cannot be relied on although its intervals say it."
+    verdict, first = verdict_of(gains), next(iter(gains.values()))
+    if first['n_test'] < FEW_IMAGES: return f"{first['n_test']} test images are too few, expected {FEW_IMAGES} or more"
+    if verdict == 'cannot tell': return ''
+    for control in gains if verdict == 'generate' else [deciding(gains)]:
+        g = plain[control]
+        lo, mid, hi = (np.log(max(g[k], 1e-9)) for k in ('ci_lo', 'ratio', 'ci_hi'))
+        if verdict == 'do not generate':
+            lo, mid, hi = -hi, -mid, -lo
+        if lo > 0 or (mid > 0 and n_chosen < FEW_CHOSEN):
+            return (f"without the temperature that was found on {n_chosen} validation images the ratio is "
+                    f"{g['ratio']:.2f} [{g['ci_lo']:.2f}, {g['ci_hi']:.2f}], which says otherwise")
+    return ''
 
 def deciding(gains: dict    # control -> as `loss_gain` gives it
             ) -> str:       # a control
@@ -91,50 +157,66 @@ def headline(verdict: str,            # of VERDICTS
 def verdict_words(verdict: str,   # as `verdict_of` gives it
                   gain: dict,     # against the better control
                   control: str,   # its name in words
-                  kind: str = 'generated'    # of KINDS
+                  kind: str = 'generated',   # of KINDS
+                  doubt: str = ''            # as `doubt_of` gives it
                  ) -> str:
     "One sentence that says how sure it is."
     interval = f"ratio {gain['ratio']:.2f} [{gain['ci_lo']:.2f}, {gain['ci_hi']:.2f}]"
     with_ = f"with {KINDS[kind]} the loss is {percent(gain['ratio'])} than with {control}"
+    if doubt: return f"{with_}, {interval}, but {doubt}"
     if verdict != 'cannot tell': return f"{with_}, {interval}"
     return f"{with_}, but the interval holds no difference: {interval}"
 
 # %% ../nbs/07n_decision.ipynb #a95be4a2
-def _reach(gain, runs, images):
+def _reach(gain, runs, images, level):
     "Half an interval of log loss with so many runs and test images."
     k, m = runs/gain['n_seeds'], images/gain['n_test']
     parts = [(gain['sd_seeds']**2/k, runs-1), (gain['sd_images']**2/m, images-1)]
     total = sum(v for v, _ in parts)
     df = total**2/sum(v**2/d for v, d in parts if v) if total else 1
-    return stdtrit(max(df, 1.), .975)*np.sqrt(total)
+    return stdtrit(max(df, 1.), (1+level)/2)*np.sqrt(total)
+
+def level_at(looks: int    # how often the test images are looked at, in all
+            ) -> float:
+    "The level of an interval at which all looks together are wrong in at most one case of twenty (Bonferroni)."
+    return 1-.05/looks
 
 def what_would_tell(gain: dict,          # as `loss_gain` gives it
-                    most_runs: int = 50  # more than these are not proposed
+                    most_runs: int = 50, # more than these are not proposed
+                    looks: int = 1       # at the test images so far
                    ) -> dict:            # runs, test_images: in all, None where they alone would not do; both: so many
                                          # times as many of both
     "How many runs, or how many test images, would take the interval away from 1 if the estimate stays as it is."
     size, n, m = abs(np.log(gain['ratio'])), gain['n_seeds'], gain['n_test']
-    runs = next((k for k in range(n, most_runs+1) if _reach(gain, k, m) < size), None)
-    images = next((i for i in np.unique(np.geomspace(m, 100*m, 60).astype(int)) if _reach(gain, n, i) < size), None)
-    times = next((t for t in range(2, 101) if _reach(gain, t*n, t*m) < size), None)
+    again, fresh = level_at(looks+1), level_at(1)         # other test images have not been looked at
+    runs = next((k for k in range(n, most_runs+1) if _reach(gain, k, m, again) < size), None)
+    images = next((i for i in np.unique(np.geomspace(m, 100*m, 60).astype(int)) if _reach(gain, n, i, fresh) < size),
+                  None)
+    times = next((t for t in range(2, 101) if _reach(gain, t*n, t*m, fresh) < size), None)
     return dict(runs=runs, test_images=None if images is None else int(images), both=times)
 
 def would_change(verdict: str,   # of VERDICTS
                  gain: dict,     # against the better control
-                 kind: str = 'generated'    # of KINDS
+                 kind: str = 'generated',   # of KINDS
+                 looks: int = 1,            # at the test images so far
+                 doubt: str = ''            # as `doubt_of` gives it
                 ) -> str:
     "Which further run or photograph would change a verdict, in words."
-    need = what_would_tell(gain)
+    if gain['n_test'] < FEW_IMAGES: return f'{FEW_IMAGES} test photographs or more instead of {gain["n_test"]}'
+    if doubt: return f'more validation photographs, {FEW_CHOSEN} or more, which make the temperature sure'
+    need = what_would_tell(gain, looks=looks)
     if verdict != 'cannot tell':
         other = dict(generated='other generated images: another model, prompts or guidance',
                      retrieved='other retrieved photos: another pool, or another backbone that compares')[kind]
         return f'{other}; more photographs, which change the question'
     if need['runs'] and need['runs'] > gain['n_seeds']:
-        return f"{need['runs']-gain['n_seeds']} more seeds (fresh_seeds: {need['runs']}), if the estimate stays"
+        return (f"{need['runs']-gain['n_seeds']} more seeds (fresh_seeds: {need['runs']}, test_looks: {looks+1}), if "
+                "the estimate stays")
     if need['test_images']:
-        return f"about {need['test_images']:,} test photographs instead of {gain['n_test']:,}, if the estimate stays"
+        return f"about {need['test_images']:,} other test photographs, if the estimate stays"
     if need['both']:
-        return f"{need['both']} times as many seeds and test photographs, if the estimate stays; neither alone would do"
+        return (f"{need['both']} times as many seeds, and as many times {gain['n_test']:,} other test photographs, if "
+                "the estimate stays; neither alone would do")
     return 'neither 100 times as many seeds nor test photographs: if the estimate stays, it is too small'
 
 
@@ -143,27 +225,47 @@ def class_gains(a: dict,        # seed -> record: the arm that is judged
                 b: dict,        # seed -> record: what it is compared with
                 split: str,     # measured on it
                 labels,         # class index of each image of the split
-                classes: list   # names
+                classes: list,  # names
+                images=None,    # which images of it, a bool each; None: all
+                level: float = .95    # of the intervals
                ) -> list:       # one dict a class that the split has: class, n_test, ratio, ci_lo, ci_hi, change, words
-    "What happens to each class."
+    "What happens to each class that has images enough to say so."
     y, rows = np.asarray(labels), []
     for i, name in enumerate(classes):
-        k = np.flatnonzero(y == i)
+        k = np.flatnonzero((y == i) & (True if images is None else np.asarray(images)))
         if len(k) < 2: continue
-        g = loss_gain(a, b, split, k)
+        g = loss_gain(a, b, split, k, level=level)
+        if len(k) < FEW_IMAGES:
+            g['p'] = np.nan
         rows.append({'class': name, 'n_test': len(k)} | {c: g[c] for c in ('ratio', 'ci_lo', 'ci_hi', 'p')}
                     | dict(change=rate_gain(a, b, split, k)['change']))
     for r, p in zip(rows, holm([r['p'] for r in rows])):
         r['p'] = float(p)
-        r['words'] = ('gains' if r['ratio'] < 1 else 'loses') if p < .05 else 'no change shown'
+        r['words'] = ('gains' if r['ratio'] < 1 else 'loses') if p < 1-level else 'no change shown'
+        if np.isnan(p):
+            r['words'] = 'too few test images'
     return rows
 
+# %% ../nbs/07n_decision.ipynb #6eed15d8
+def marked_classes(out: dict    # contents of results/NAME.json
+                  ) -> dict:    # class -> words, of each kind in turn
+    "The classes that gain, lose or cannot be drawn, and in which words."
+    rows, drawn = out.get('classes') or [], out.get('drawn') or []
+    def of(words):
+        return sorted((r for r in rows if r.get('words') == words), key=lambda r: r.get('ratio') or 1.)
+    odd = sorted((r for r in drawn if r.get('words')), key=lambda r: r.get('recognized') or 0.)
+    kinds = [of('gains'), of('loses')[::-1], odd]
+    found = {r['class']: [] for turn in zip_longest(*kinds) for r in turn if r}
+    for r in chain(*kinds):
+        found[r['class']].append(r['words'])
+    return found
+
 # %% ../nbs/07n_decision.ipynb #1001c997
-def own_slope(curve: dict,   # images -> seed -> record
+def own_slope(curve: dict,   # images -> seed -> record: photographs, or generated images beside all photographs
               split: str,    # measured on it
               last: int = 3  # sizes, the largest ones
              ) -> dict:      # k, ci_lo, ci_hi
-    "The exponent of a person's own curve over its largest sizes."
+    "The exponent of a person's own curve, or of generated images, over its largest sizes."
     sizes = sorted(curve)[-last:]
     seeds = sorted(set.intersection(*(set(curve[n]) for n in sizes)))
     cells = [[image_values(curve[n][s], split, 'loss_calibrated') for n in sizes] for s in seeds]
@@ -194,13 +296,14 @@ def photos_for(n: int,       # photographs there are
         words += f" [{said['ci_lo']}, {said['ci_hi']}]"
     return out | dict(words=words)
 
-def after_photos(n: int,      # photographs there are
-                 more: int,   # that are added
-                 slope: dict  # as `own_slope` gives it
-                ) -> dict:    # what, n, ratio, ci_lo, ci_hi
-    "What the next photographs would do to the loss, along the person's own curve."
-    r = {k: float((1+more/n)**-slope[k]) for k in ('k', 'ci_lo', 'ci_hi')}
-    return dict(what='photographs', n=more, ratio=r['k'], ci_lo=r['ci_hi'], ci_hi=r['ci_lo'])
+def after_more(n: int,        # images there are
+               more: int,     # that are added
+               slope: dict,   # as `own_slope` gives it
+               what: str = 'photographs'   # they are, in words
+              ) -> dict:      # what, n, ratio, ci_lo, ci_hi
+    "What the next images would do to the loss, along the curve that the slope is of; above 1 they harm."
+    r = {k: float(np.exp(min(-slope[k]*np.log1p(more/n), 50))) for k in ('k', 'ci_lo', 'ci_hi')}
+    return dict(what=what, n=more, ratio=r['k'], ci_lo=r['ci_hi'], ci_hi=r['ci_lo'])
 
 # %% ../nbs/07n_decision.ipynb #ab95f8f0
 def forecast_photos(curve: dict,      # images -> seed -> record

@@ -223,7 +223,8 @@ def _selection(df, name, among, n, selected, validation):
     by = {c: v[seeds] for c, v in by.items()}
     best, rows = min(among, key=lambda c: by[c].mean()), []
     for c in among:
-        d, lo, hi = t_interval(np.log(by[c]/by[selected]).dropna()) if c != selected else (0., np.nan, np.nan)
+        known = (by[c] > 0) & (by[selected] > 0)                  # a value of 0 has no ratio
+        d, lo, hi = t_interval(np.log(by[c][known]/by[selected][known])) if c != selected else (0., np.nan, np.nan)
         rows.append(dict(selection=name, curve=c, n_images=n, test_set=validation, value=by[c].mean(), ratio=np.exp(d),
                          ci_lo=np.exp(lo), ci_hi=np.exp(hi), n_seeds=len(by[c]), selected=c == selected,
                          best=c == best))
@@ -572,7 +573,7 @@ def class_tables(per_class: pd.DataFrame,  # rows as in per_class.parquet
                 ):                         # class laws, their relation to the quality of the images
     "Exponents of every class, and how they go with recognizability and diversity."
     laws, related = [], []
-    d = with_n(per_class[per_class.metric == 'loss'], x)
+    d = with_n(per_class[(per_class.metric == 'loss') & (per_class.value > 0)], x)       # 0 has no logarithm
     for c in curves:
         for t, g in d[d.curve == c].groupby('test_set', sort=False):
             if g.n.nunique() < 3 or g['class'].nunique() < 3: continue
@@ -662,7 +663,7 @@ def gap_table(gaps,               # name -> Gap, as clip.gaps has them
 def fit_study(study: Study   # the study
              ) -> pd.DataFrame:
     "Write every table of this stage to results/; returns laws.csv."
-    l, df = study.laws, check_complete(study, read_curves(study.path('results', 'curves.csv')))
+    l, df = study.laws, check_complete(study, read_curves(study.path('results', 'curves.csv'), zero=True))
     ranges = fit_ranges(study)
     images = read_images(study.path('results', 'images.parquet'))
     if images is not None:
@@ -685,7 +686,7 @@ def fit_study(study: Study   # the study
                   clip_gaps=gap_table(study.clip.gaps, n, l.metric, by_run),
                   clip_primary=primary_table(study.clip.primary, loss.assign(n=n.n), ranges, by_run, l.metric),
                   added_data=gains,
-                  model_selection=selection_table(loss, selections, study.classify.eval.validation),
+                  model_selection=selection_table(measured(df, l.metric), selections, study.classify.eval.validation),
                   forecasts=forecasts, diagnostics=diagnostics, exchange=exchange_table(n, l.compare),
                   crossovers=crossover_table(n, l.compare), mixtures=mixture_table(loss),
                   class_laws=class_laws, class_relations=relations, class_groups=groups,

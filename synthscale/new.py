@@ -477,14 +477,16 @@ def _recipe(task, plan, name):
     if name in ('small', 'plain'):
         of |= dict(arch=_NET, optimizer=adamw, label_smoothing=.1) | (varied if name == 'small' else {})
         return f"  {name}: {_flow(of)}      # {_ABOUT[name]}"
-    largest = plan.backbone['input_size']
+    from synthscale.backbones import fixed_size
+    largest, only = plan.backbone['input_size'], fixed_size(plan.backbone['arch'], {})
     if name == 'probe':
-        of |= dict(start={'from': 'backbone', 'train': 'head'}, input_size=min(largest, max(64, 4*task.image_size)),
-                   samples_seen_at_100=6400, optimizer=adamw | dict(weight_decay=.5))
+        of |= dict(start={'from': 'backbone', 'train': 'head'},
+                   input_size=only or min(largest, max(64, 4*task.image_size)), samples_seen_at_100=6400,
+                   optimizer=adamw | dict(weight_decay=.5))
     else:
         start = {'from': 'backbone', 'train': 'all', 'head_lr': .005, 'layer_decay': .9}
-        of |= dict(start=start, input_size=min(largest, max(64, 2*task.image_size)), samples_seen_at_100=1600,
-                   optimizer=adamw | dict(weight_decay=.05)) | varied
+        of |= dict(start=start, input_size=only or min(largest, max(64, 2*task.image_size)),
+                   samples_seen_at_100=1600, optimizer=adamw | dict(weight_decay=.05)) | varied
     return f"  {name}: {_flow(of)}      # {_ABOUT[name]}"
 
 

@@ -4,13 +4,14 @@
 
 # %% ../nbs/09b_page.ipynb #7cffb86d
 from __future__ import annotations
-import base64, csv, hashlib, io, json, math
+import base64, csv, hashlib, io, json, math, re
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from string import Template
 import numpy as np
 from . import __version__
+from .decision import marked_classes
 from .own import own_pairs, own_table
 from .primary import outcome
 from .report import Words, headline_curves, read_grid, style, study_styles, words_of, words_of_own
@@ -23,8 +24,9 @@ from .svg import Point, Series, chart, key
 __all__ = ['STYLE', 'SCRIPT', 'shown', 'digits_of', 'Row', 'cite_span', 'place_mark', 'Book', 'Content', 'study_content',
            'own_content', 'findings', 'claim_rows', 'decision_html', 'Figure', 'figure_html', 'scaling_figure',
            'curves_html', 'exchange_figure', 'worth_table', 'mixing_figure', 'exchange_html', 'mixing_html',
-           'curve_table', 'claim_table', 'picture', 'samples_html', 'class_strips', 'behind_verdict', 'audit_html',
-           'limits_html', 'provenance_html', 'policy', 'sections_of', 'page', 'write_page', 'write_own_page']
+           'curve_table', 'claim_table', 'picture', 'samples_html', 'read_pictures', 'class_strips', 'behind_verdict',
+           'audit_html', 'limits_html', 'provenance_html', 'policy', 'sections_of', 'page', 'write_page',
+           'write_own_page']
 
 # %% ../nbs/09b_page.ipynb #0c880ffb
 def shown(v: float,           # a number
@@ -185,6 +187,7 @@ class Content:
     claims: list = field(default_factory=list)     # declared comparisons
     gaps: dict = field(default_factory=dict)       # declared gaps of supervision
     samples: dict = field(default_factory=dict)    # set -> picture of its images
+    pictures: dict = field(default_factory=dict)   # question -> file with pictures of some of its classes
     classes: list = field(default_factory=list)    # class names
     x: dict = field(default_factory=dict)          # curve -> column of the size that varies
     questions: list = field(default_factory=lambda: ['decision'])     # files with verdicts, the first one first
@@ -229,7 +232,7 @@ class Content:
 def study_content(study: Study    # with its tables in results/
                  ) -> Content:
     "What the page of a study shows."
-    rep, made = study.report, curves_of(study)
+    rep, made, asked = study.report, curves_of(study), list(study.raw.get('your_task') or ['decision'])
     mixed = [n for n, c in made.items() if c.real and c.synthetic]
     samples = {n: study.path('runs', 'data', n, 'samples.png') for n in rep.samples}
     return Content(
@@ -238,7 +241,7 @@ def study_content(study: Study    # with its tables in results/
         panels={**rep.panels, **rep.supervision}, mixing=rep.mixing or mixed[:3], pairs=list(study.laws.compare),
         claims=[*study.laws.primary, *study.clip.primary], gaps=study.clip.gaps, classes=study.study.classes,
         samples={n: p for n, p in samples.items() if p.exists()}, x=study.laws.x, audit=Book(study.dir),
-        questions=list(study.raw.get('your_task') or ['decision']))
+        questions=asked, pictures={q: study.path('runs', 'your_task', q, 'pictures.json') for q in asked})
 
 def own_content(curves,                # path of a curves.csv with curve, n_images, value
                 out,                   # folder with the tables that `synthscale laws` wrote; summary.csv is put there
@@ -417,6 +420,9 @@ def decision_html(c: Content,               # of a page
              ('Photographs', _decided_photos(c, note)),
              ('Photographs for the same gain', _words_or(note, 'photos_for_same_gain')),
              ('Recipe', note.cite('recipe')), ('Near copies of photographs', copies if note['near_copies.n'] else ''),
+             ('Test images left out', note.cite('gain.test_images_left_out', 'count')
+              if note.number('gain.test_images_left_out') > 0 else ''),
+             ('Look at these test images', note.cite('test_looks', 'count') if note.number('test_looks') > 1 else ''),
              ('Hours', note.cite('hours', 'rate')),
              ('Minutes', note.cite('minutes', 'rate')), ('Next', _decided_next(found, note)),
              ('What would change it', note.cite('would_change'))]
@@ -747,8 +753,6 @@ def samples_html(c: Content    # of a page
     return f'<div class="grid small">{"".join(made)}</div>{more}' if made else ''
 
 # %% ../nbs/09b_page.ipynb #b9219a4e
-_MOST = 6      # classes with pictures, images of each beside each other
-
 def _lines_of(found, note, part, cells):
     "Rows of a table from a list in the note; cells: functions of a prefix that give HTML, the first a heading."
     lines = []
@@ -788,35 +792,45 @@ def _details(c, note):
             (f'named right {on}', 'recall', 'rate'), ('in words', 'words', 'loss')))]
 
 # %% ../nbs/09b_page.ipynb #c5e9c810
-def _strip(c, name, i):
-    "A few images of a class of a set; '' without a picture of it."
-    grid = read_grid(c.samples[name]) if name in c.samples else None
-    if grid is None: return ''
-    side = grid.shape[1]//_PER_CLASS
-    there = np.linspace(0, len(c.classes)-1, min(len(grid)//side, len(c.classes))).round().astype(int).tolist()
-    if i not in there: return ''
-    k = there.index(i)
-    said = escape(f'{_MOST} images of {c.classes[i]}: {c.words(name)}')
-    wide, crisp = min(side, _SIDE), ' class="crisp"' if side <= _SIDE//2 else ''
-    return (f'<figure><img alt="{said}" width="{_MOST*wide}" height="{wide}"{crisp} '
-            f'src="{picture(grid[k*side:(k+1)*side], _MOST)}"><figcaption>{escape(c.words(name))}</figcaption>'
-            '</figure>')
+_URI = re.compile('data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+')
+_STRIPS = 6*10**5    # characters of the pictures of classes of all questions together
+
+def read_pictures(path    # pictures.json of a question, or None
+                 ) -> dict:     # class -> its entry; {} without the file
+    "The pictures of a question; what is no picture in the file itself is left out."
+    if path is None or not Path(path).exists(): return {}
+    try:
+        found = json.loads(Path(path).read_text())
+        return {p['class']: {k: p[k] if _URI.fullmatch(p[k]) else '' for k in ('photos', 'added')} for p in found}
+    except (ValueError, KeyError, TypeError) as e:
+        raise StudyError(f"{path}: no pictures of classes ({e}); 'dvc repro' makes them") from None
+
+def _strips(c, found, name, shown):
+    "Photographs and added images of a class beside each other."
+    out = []
+    for kind, part, of in (('photos', 'photos', 'photographs'), ('added', 'source', 'added')):
+        of_set = c.words((found.get(part) or {}).get('set') or '')
+        said = escape(f'{of}, training images of {name}: {of_set}')
+        crisp = ' class="crisp"' if 'image/png' in shown[kind] else ''           # small ones show their pixels
+        if shown[kind]:
+            out.append(f'<figure><img alt="{said}"{crisp} src="{shown[kind]}"><figcaption>'
+                       f'{escape(of)}: {escape(of_set)}</figcaption></figure>')
+    return ''.join(out)
 
 def class_strips(c: Content,    # of a page
-                 found: dict    # contents of the file of a verdict
-                ) -> str:       # '' where no class stands out, or there is no picture
-    "Pictures of the classes that gain, lose or are hardly recognised, photographs beside what was added to them."
-    said = {r.get('class'): r.get('words') or '' for r in found.get('classes') or []}
-    odd = {r.get('class'): r.get('words') or '' for r in found.get('drawn') or []}
-    words = {k: '; '.join(w for w in (said.get(k), odd.get(k)) if w and w != 'no change shown')
-             for k in {**said, **odd}}
-    sets = [(found.get(a) or {}).get('set') for a in ('photos', 'source')]
-    out = []
-    for k in [k for k, w in words.items() if w and k in c.classes][:_MOST]:
-        strips = ''.join(_strip(c, n, c.classes.index(k)) for n in sets if n)
-        if strips:
-            out.append(f'<p>{escape(k)}: {escape(words[k])}</p><div class="grid small">{strips}</div>')
-    return ''.join(out)
+                 found: dict,   # contents of the file of a verdict
+                 name: str      # of the question
+                ) -> str:       # '' where no class stands out
+    "The classes that gain, lose or are hardly recognised, photographs beside what was added to them."
+    pictures, out, size = read_pictures(c.pictures.get(name)), [], 0
+    for k, words in marked_classes(found).items():
+        room = k in pictures and size < _STRIPS//len(c.questions)
+        strips = _strips(c, found, k, pictures[k]) if room else ''
+        size += len(strips)
+        pair = f'<div class="grid small">{strips}</div>'*bool(strips)
+        out.append(f"<p>{escape(k)}: {escape('; '.join(words))}</p>{pair}")
+    more = '<p class="note">The pictures are of training images; none is of a test split.</p>'
+    return ''.join(out[:_CLASSES])+more*bool(size)
 
 def behind_verdict(c: Content,               # of a page
                    name: str = 'decision'    # of the file
@@ -831,7 +845,7 @@ def behind_verdict(c: Content,               # of a page
             parts.append(_table(caption, heads, lines))
     left = ''.join(f"<li>{note.cite(f'left_out.{i}')}</li>" for i, _ in enumerate(found.get('left_out') or []))
     left = f'<p>Left out for lack of time:</p><ul>{left}</ul>' if left else ''
-    return ''.join(parts)+class_strips(c, found)+left+(place_mark(note) if parts or left else '')
+    return ''.join(parts)+class_strips(c, found, name)+left+(place_mark(note) if parts or left else '')
 
 # %% ../nbs/09b_page.ipynb #301b9667
 def audit_html(c: Content    # of a page

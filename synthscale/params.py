@@ -14,7 +14,7 @@ from .data import DigitsSpec, MnistDigitsSpec, RenderedDigitsSpec, damage_of
 from .generate import source_spec
 from .hashing import package_code
 from .laws import fit_ranges
-from .backbones import BackboneSpec, backbone_faults, class_indices, own_names
+from .backbones import BackboneSpec, backbone_faults, class_indices, fixed_size, own_names
 from .models import CLIP_TASK, HubFiles, HubSpec, LocalSpec, task_of
 from .pairs import pairs_faults
 from .primary import primary_problems
@@ -437,12 +437,20 @@ def _check_start(c, key, name):
               "the file of weights has changed (sha256sum FILE prints it)")
     c.unless(m.channels in (3, s.data.channels), f'models.{name}.channels', m.channels,
              f'{s.data.channels} as data.channels')
+    _check_size(c, f'models.{name}.input_size', m, m.input_size)
+
+def _check_size(c, key, backbone, size):
+    "Many transformers take images of one size."
+    only = fixed_size(backbone.arch, backbone.kwargs)
+    c.unless(size is None or only in (None, size), key, size, f'{only}, the only size that {backbone.arch} takes')
 
 def _check_recipes(c):
     "Padding for crops is smaller than the image, of which it is a reflection; what is started from is there."
     for n, r in c.study.recipes.items():
         if r.start:
             _check_start(c, f'recipes.{n}.start.from', r.start.backbone)
+            if isinstance(m := c.study.models.get(r.start.backbone), BackboneSpec):
+                _check_size(c, f'recipes.{n}.input_size', m, r.input_size)
         side = r.input_size or c.study.data.image_size
         c.unless(r.augment.crop < side, f'recipes.{n}.augment.crop', r.augment.crop,
                  f'less than the {side} pixels of an image, whose reflection is the padding')
@@ -675,11 +683,14 @@ def _check_report(c):
         known = [*curves, *s.sets, *s.prompts.every, *s.clip.pools, *s.classify.eval.every]
         c.ref('report.labels', n, known, 'curve, set, prompt set or test split')
 
+_TAKEN = ('headline',)      # files of other stages in results, by dvc.yaml
+
 def _check_your_task(c):
     "Questions name sets, recipes and splits that exist, and photographs in the place of photographs."
     s = c.study
     for n, t in s.your_task.items():
         key = f'your_task.{n}'
+        c.unless(n not in _TAKEN, 'your_task', n, f'another name: results/{n}.json is a file of another stage')
         c.ref(f'{key}.photos', t.photos, s.sets, _ANY_SET)
         for k in t.candidates:
             c.ref(f'{key}.candidates', k, s.sets, _ANY_SET)

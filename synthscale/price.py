@@ -11,10 +11,10 @@ from .classify import usable_processes
 from .curves import curve_points, label_curves_of, samples_of
 from .shards import read_manifest
 from .study import Study
+from .your_task import side_by_side
 
 # %% auto #0
-__all__ = ['STAGE_S', 'seconds_per_image', 'feature_seconds', 'speeds_of', 'side_by_side', 'question_rows', 'price',
-           'of_question']
+__all__ = ['STAGE_S', 'seconds_per_image', 'feature_seconds', 'speeds_of', 'question_rows', 'price', 'of_question']
 
 # %% ../nbs/11a_price.ipynb #48c73e30
 def _first_net(study, recipe):
@@ -93,14 +93,6 @@ def speeds_of(study: Study    # with its params.yaml as planned
 STAGE_S = 8.        # seconds that a stage takes whatever it does: a kernel, and imports of torch
 _TABLES_S = 60.      # results, laws and report
 
-def side_by_side(each: list,     # seconds of each run
-                 workers: int    # processes
-                ) -> float:      # seconds
-    "What runs take beside each other; the last round may leave a core idle."
-    if not each: return 0.
-    rounds = -(-len(each)//workers)*workers/len(each)
-    return max(sum(each)*rounds/workers, max(each))
-
 def question_rows(study: Study,   # the study
                   name: str,      # under your_task
                   speeds: dict    # as `speeds_of` gives them
@@ -118,8 +110,9 @@ def question_rows(study: Study,   # the study
     rows.append(cost('own curve', [1]*t.seeds, sizes=sorted(t.n_photos)[:-1]))
     if not k: return rows
     rows.append(cost('pilots', [twice]*t.seeds*k))
-    rows.append(cost('more images, and fewer photographs', [twice]*t.seeds*len(t.n_more)*(min(k, 2)+2)))
+    rows.append(cost('more images', [twice]*t.seeds*len(t.n_more)*min(k, 2)))
     rows.append(cost('the choice measured again', [twice, 1, twice]*t.fresh_seeds))
+    rows.append(cost('which classes can be drawn', [1]))
     return [r for r in rows if r['runs']]
 
 # %% ../nbs/11a_price.ipynb #8e32586a

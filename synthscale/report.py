@@ -323,8 +323,8 @@ def plot_exponents(ax,             # matplotlib axes
     ax.invert_yaxis()
     ax.axvline(0, color='.6', lw=.8)
     ax.set(xlabel=f'exponent k of the {words.metric}')
-    covers = ', '.join(dict.fromkeys(shown.covers))
-    return [f'Bars: 95 % intervals over {covers}.', *_fewer(shown.n_seeds)]
+    covers = ', '.join(dict.fromkeys(shown.covers.dropna()))        # a curve whose losses are 0 has no exponent
+    return [f'Bars: 95 % intervals over {covers}.']*bool(covers)+_fewer(shown.n_seeds)
 
 def plot_residuals(ax,             # matplotlib axes
                    means,          # rows as in summary.csv, of one metric, with a column n
@@ -960,9 +960,11 @@ def _law_figures(study, t, styles, words):
     scaling, tests, figures = headline_curves(study), study.classify.eval.tested, study.path('figures')
     laws, exchange = t.of_loss('laws'), t.exchange
     if len(laws):
-        height, own = .6+(.16+.12*len(tests))*laws.curve.nunique(), laws[laws.curve.isin(scaling)]
+        height = .6+(.16+.12*len(tests))*laws.curve.nunique()
+        own = laws[laws.curve.isin(scaling) & laws.k.notna()]           # of losses that are 0 there is no law
         _figure(figures/'exponents.png', plot_exponents, [(laws, tests, styles, words)], width=6.2, height=height)
-        _figure(figures/'residuals.png', plot_residuals, [(t.means, own, test, styles, words) for test in tests],
+        known = [test for test in tests if (own.test_set == test).any()]
+        _figure(figures/'residuals.png', plot_residuals, [(t.means, own, test, styles, words) for test in known],
                 width=4.2, height=3.2, sharey=True)
     exchange = exchange[exchange.real.isin(scaling) & exchange.synthetic.isin(scaling)] if len(exchange) else exchange
     if len(exchange):

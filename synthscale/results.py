@@ -91,10 +91,11 @@ def raw_curves(path    # a CSV or parquet file
     Columns may be separated by commas, tabs, or semicolons (then decimal commas are read, too)."""
     return read_table(path) if Path(path).suffix == '.parquet' else _csv(path)
 
-def read_curves(path    # a CSV or parquet file
+def read_curves(path,               # a CSV or parquet file
+                zero: bool = False  # whether a loss may be 0, as in what a study measured itself
                ) -> pd.DataFrame:
     "A table of measurements, one per row; raises `StudyError` that names the file, the column or the row."
-    return check_curves(raw_curves(path), path).reset_index(drop=True)
+    return check_curves(raw_curves(path), path, zero).reset_index(drop=True)
 
 # %% ../nbs/07a_results.ipynb #29a81c67
 def _refuse(df, bad, column, path, expected, name=None):
@@ -123,7 +124,8 @@ def _numbers(df, path):
     return df
 
 def check_curves(df: pd.DataFrame,   # rows as in curves.csv
-                 path='curves.csv'   # named in errors
+                 path='curves.csv',  # named in errors
+                 zero: bool = False  # whether a loss may be 0, as where every image is named right without a doubt
                 ) -> pd.DataFrame:
     "The table with its default columns filled in; raises `StudyError` for values that no scaling law can be fitted to."
     for c in NEEDED:
@@ -132,7 +134,8 @@ def check_curves(df: pd.DataFrame,   # rows as in curves.csv
     _check_keys(df, path)
     df = df.assign(**{k: v for k, v in DEFAULTS.items() if k not in df})
     df = _numbers(df, path)
-    _refuse(df, (df.metric == 'loss') & (df.value <= 0), 'value', path, 'a number above 0', 'loss')
+    least = 'a number of at least 0' if zero else 'a number above 0'
+    _refuse(df, (df.metric == 'loss') & ((df.value < 0) | (df.value == 0) & (not zero)), 'value', path, least, 'loss')
     _refuse(df, df.n_images <= 0, 'n_images', path, 'a number above 0')
     keys = [c for c in KEYS if c in df]
     twice = df[df.duplicated(keys)]
@@ -198,7 +201,7 @@ def t_interval(values,               # one number per seed
               ):
     "Mean and t interval; NaN limits for a single value."
     v = np.asarray(values, float)
-    m = v.mean()
+    m = v.mean() if len(v) else np.nan
     if len(v) < 2: return m, np.nan, np.nan
     h = stdtrit(len(v)-1, (1+level)/2)*v.std(ddof=1)/np.sqrt(len(v))
     return m, m-h, m+h

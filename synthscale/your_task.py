@@ -4,27 +4,29 @@
 
 # %% ../nbs/10_your_task.ipynb #5db4e884
 from __future__ import annotations
-import json, math
+import base64, heapq, json, math, platform, time
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import Annotated, Union
 import numpy as np
 import pandas as pd
 from pydantic import Field
-from .classify import (arch_of, bring_points, check_leak, run_points, samples_shown, split_of, split_rows,
-                                 tested_rows, trained_net, usable_processes, write_points)
+from .classify import (arch_of, bring_points, check_leak, digest, find_point, point_config, point_file,
+                                 processor, run_points, samples_shown, sealed, split_of, split_rows, tested_rows,
+                                 trained_net, usable_processes, versions, write_points)
 from .curves import Point, kind_of
-from .decision import (KINDS, after_photos, class_gains, deciding, forecast_photos, headline, loss_gain,
-                                 own_slope, photos_for, rate_gain, split_mean, verdict_of, verdict_words, would_change)
-from .exchange import fit_mixture, jackknife, marginal
+from .decision import (FEW_IMAGES, KINDS, after_more, class_gains, deciding, doubt_of, forecast_photos,
+                                 headline, level_at, loss_gain, marked_classes, own_slope, photos_for, rate_gain,
+                                 split_mean, verdict_of, verdict_words, would_change)
 from .quality import copies_of, recognized
-from .shards import check_subset, load_set
+from .shards import check_subset, encode_image, load_set
 from .study import Ident, Key, Positive, Section, Study, StudyError, nearest, write_atomic, write_csv
 
 # %% auto #0
-__all__ = ['YourTaskSection', 'TaskSpec', 'Setting', 'setting_point', 'controls_of', 'Runs', 'choose_recipe', 'run_pilots',
-           'run_curve_of_photos', 'answer', 'next_generated', 'drawn_classes', 'near_copies_of', 'check_task',
-           'run_task', 'said', 'recommended', 'save_model']
+__all__ = ['YourTaskSection', 'TaskSpec', 'Setting', 'setting_point', 'controls_of', 'side_by_side', 'Runs', 'choose_recipe',
+           'run_pilots', 'run_curve_of_photos', 'answer', 'next_generated', 'drawn_classes', 'near_copies_of',
+           'class_pictures', 'shown_pictures', 'check_task', 'run_task', 'said', 'recommended', 'save_model']
 
 # %% ../nbs/10_your_task.ipynb #3be82d31
 _Share = Annotated[float, Field(gt=0, lt=1)]
@@ -41,6 +43,7 @@ class TaskSpec(Section):
     real_share: _Share = .5          # of what is shown: the photographs
     seeds: Positive = 3              # of what is chosen from
     fresh_seeds: Annotated[int, Field(ge=2)] = 6               # of the choice measured again, which the interval is of
+    test_looks: Positive = 1         # the how manieth time these test images are looked at: each interval is wider
     minutes: Union[Annotated[float, Field(gt=0)], None] = None # that training may take; what no longer fits is left
                                      # out, the choice measured again last; null: any
 
@@ -82,6 +85,21 @@ def controls_of(spec: TaskSpec,    # the question
     return {'the photographs alone': alone, _LONGER: replace(alone, times=1/spec.real_share)}
 
 # %% ../nbs/10_your_task.ipynb #0d6c9f8f
+def side_by_side(each: list,     # seconds of each run
+                 processes: int  # at a time
+                ) -> float:      # seconds
+    "What runs take side by side: the longest first, each where a process is free."
+    busy = [0.]*min(processes, max(len(each), 1))
+    for s in sorted(each, reverse=True):
+        heapq.heapreplace(busy, busy[0]+s)
+    return max(busy)
+
+def _seconds_an_image(runs, recipe):
+    "Seconds of one process for an image shown, from the runs of a recipe."
+    made = [r for s, by in runs.done.items() if s.recipe == recipe for r in by.values()]
+    return sum(r['made']['wall_s'] for r in made)/sum(r['config']['samples_seen'] for r in made)
+
+# %% ../nbs/10_your_task.ipynb #4d601da8
 @dataclass
 class Runs:
     "All runs of a question, and what they took."
@@ -90,6 +108,8 @@ class Runs:
     workers: int = 0                               # processes; 0: one per GPU, or per core
     done: dict = field(default_factory=dict)       # Setting -> seed -> record
     left_out: list = field(default_factory=list)   # words for the parts that did not fit
+    looks: list = field(default_factory=list)      # records of the runs that generated images were looked at with
+    took: list = field(default_factory=list)       # seconds of the steps so far
 
     @property
     def balance(self):
@@ -111,16 +131,11 @@ class Runs:
         "Find or make runs."
         todo = self.points(settings, seeds)
         found = run_points(self.study, list(dict.fromkeys(todo.values())), self.workers)
+        took = [r['made']['wall_s'] for r in found.values()]
+        self.took.append(side_by_side(took, usable_processes(self.workers)))
         for (s, k), p in todo.items():
             self.done.setdefault(s, {})[k] = found[p]
         return [{k: self.done[s][k] for k in seeds} for s in settings]
-
-    def seconds_an_image(self,
-                         recipe: str   # of which a run was made
-                        ) -> float:
-        "Seconds of one process for an image shown, from the runs of a recipe."
-        made = [r for s, by in self.done.items() if s.recipe == recipe for r in by.values()]
-        return sum(r['made']['wall_s'] for r in made)/sum(r['config']['samples_seen'] for r in made)
 
     def cost(self,
              settings: list,   # of Setting, of recipes that were run
@@ -128,14 +143,13 @@ class Runs:
             ) -> float:        # minutes
         "What runs that are not there yet will take, side by side."
         points = self.points(settings, seeds)
-        each = [samples_shown(self.study, p)*self.seconds_an_image(p.recipe) for p in points.values()]
-        return max(sum(each)/min(usable_processes(self.workers), max(len(each), 1)), max(each, default=0.))/60
+        each = [samples_shown(self.study, p)*_seconds_an_image(self, p.recipe) for p in points.values()]
+        return side_by_side(each, usable_processes(self.workers))/60
 
     @property
     def spent(self) -> float:    # minutes
-        "What the runs so far took, side by side."
-        every = [r['made']['wall_s'] for by in self.done.values() for r in by.values()]
-        return sum(every)/usable_processes(self.workers)/60
+        "What the runs so far took, step by step, those of a step side by side."
+        return (sum(self.took)+sum(r['made']['wall_s'] for r in self.looks))/60
 
     def has_time(self, minutes: float) -> bool:
         "Whether there is time for so much."
@@ -166,6 +180,14 @@ def _most_generated(study: Study,     # the study
     n = np.bincount(split_rows(study, candidate, 'train').label, minlength=len(study.study.classes))
     return int(n.min()*len(n)) if balance == 'equal' else int(n.sum())
 
+def _unused(study, candidate):
+    "What balanced classes leave of a candidate, in words; '' where it is nearly all."
+    n = np.bincount(split_rows(study, candidate, 'train').label, minlength=len(study.study.classes))
+    used = _most_generated(study, candidate, study.classify.balance)
+    if used >= .9*n.sum(): return ''
+    return (f'of {candidate} at most {used:,} of its {n.sum():,} images can be used: classes are balanced '
+            f'(classify.balance), and {study.study.classes[n.argmin()]} has {n.min()}')
+
 def _pilot_settings(runs: Runs,        # of the question
                    recipe: str,       # chosen
                    candidate: str,    # a set
@@ -176,12 +198,31 @@ def _pilot_settings(runs: Runs,        # of the question
     found = [Setting(recipe, n, candidate, min(size or n, most)) for size in sizes]
     return list(dict.fromkeys(found))
 
+def _look_cost(runs, recipe):
+    "Minutes of the run of a recipe that generated images are looked at with."
+    point = setting_point(runs.spec, Setting(recipe, max(runs.spec.n_photos)), 0, runs.balance)
+    return samples_shown(runs.study, point)*_seconds_an_image(runs, recipe)/60
+
 def _last_step(runs: Runs,       # of the question
               setting: Setting  # chosen, or a likely choice
              ):                 # settings, seeds
     "The choice measured again: it and its controls, with seeds that nothing was chosen on."
     spec = runs.spec
     return [setting, *controls_of(spec, setting).values()], range(spec.seeds, spec.seeds+spec.fresh_seeds)
+
+def _reserve(runs: Runs,       # of the question
+             setting: Setting  # chosen, or a likely choice
+            ) -> float:        # minutes
+    "What is needed after the pilots, whatever they find: the choice measured again, and the look at its classes."
+    return runs.cost(*_last_step(runs, setting))+_look_cost(runs, setting.recipe)
+
+def _fitting(runs, settings, reserve, words):
+    "The settings that there is time for, with those before them and what is needed later; others are noted."
+    kept = []
+    for s in settings:
+        if runs.fits(runs.cost([*kept, s], range(runs.spec.seeds))+reserve, words(s)):
+            kept.append(s)
+    return kept
 
 # %% ../nbs/10_your_task.ipynb #0c967ce9
 def choose_recipe(runs: Runs    # of the question
@@ -190,8 +231,11 @@ def choose_recipe(runs: Runs    # of the question
     spec, n = runs.spec, max(runs.spec.n_photos)
     anchors = [Setting(r, n) for r in spec.recipes]
     runs.add(anchors, range(1))                              # of each one run, which says what it costs
-    kept = [a for a in anchors if runs.fits(runs.cost([a], range(spec.seeds))+_rest(runs, a),
-                                            f'recipe {a.recipe}: with it, the rest would not fit into the time')]
+    kept = []
+    for a in anchors:                                        # whichever is the best, the rest must fit behind all
+        need = runs.cost([*kept, a], range(spec.seeds))+max(_rest(runs, k) for k in [*kept, a])
+        if runs.fits(need, f'recipe {a.recipe}: with it, the rest would not fit into the time'):
+            kept.append(a)
     if not kept: raise StudyError(_too_short(runs, anchors))
     runs.add(kept, range(spec.seeds))
     best = min(kept, key=lambda a: _validation_loss(runs, a))
@@ -199,9 +243,10 @@ def choose_recipe(runs: Runs    # of the question
     return best.recipe
 
 def _rest(runs, anchor):
-    "Minutes of what follows with a recipe at least: pilots of one candidate, and the choice measured again."
-    longest = replace(anchor, times=1/runs.spec.real_share)      # stands for a mixture, which is shown as much
-    return runs.cost([longest], range(2*runs.spec.fresh_seeds+runs.spec.seeds))
+    "Minutes of what follows with a recipe at least: pilots of one candidate, and what is needed after them."
+    if not runs.spec.candidates: return 0.
+    pilot = _pilot_settings(runs, anchor.recipe, runs.spec.candidates[0], [runs.spec.n_pilot])[0]
+    return runs.cost([pilot], range(runs.spec.seeds))+_reserve(runs, pilot)
 
 def _other_anchors(runs, others, best):
     "Recipes that the question cannot be asked with are still compared on the photographs, and a better one is named."
@@ -216,7 +261,7 @@ def _other_anchors(runs, others, best):
 def _too_short(runs, anchors):
     "How much time the cheapest recipe needs."
     spec = runs.spec
-    need = [runs.cost([replace(a, times=1/spec.real_share)], range(3*spec.fresh_seeds)) for a in anchors]
+    need = [runs.cost([a], range(spec.seeds))+_rest(runs, a) for a in anchors]
     return (f"your_task: minutes is {spec.minutes:g}, and the cheapest of its recipes needs about "
             f"{math.ceil(runs.spent+min(need)+1)}: allow more, or a recipe with fewer samples_seen_at_100")
 
@@ -228,16 +273,14 @@ def run_pilots(runs: Runs,    # of the question
     spec = runs.spec
     pilots = [s for c in spec.candidates for s in _pilot_settings(runs, recipe, c, [spec.n_pilot])]
     if not pilots: return None
-    reserve = runs.cost(*_last_step(runs, pilots[0]))
-    kept = [p for i, p in enumerate(pilots)
-            if runs.fits(runs.cost(pilots[:i+1], range(spec.seeds))+reserve, f'candidate {p.candidate}')]
+    reserve = _reserve(runs, pilots[0])
+    kept = _fitting(runs, pilots, reserve, lambda p: f'candidate {p.candidate}')
     if not kept: raise StudyError(_too_short(runs, [Setting(recipe, max(spec.n_photos))]))
     runs.add(kept, range(spec.seeds))
     best = sorted(kept, key=lambda s: _validation_loss(runs, s))[:2]
     more = [s for b in best for s in _pilot_settings(runs, recipe, b.candidate, spec.n_more)
             if s.n_synthetic > b.n_synthetic]
-    fitting = [s for i, s in enumerate(more)
-               if runs.fits(runs.cost(more[:i+1], range(spec.seeds))+reserve, s.words)]
+    fitting = _fitting(runs, more, reserve, lambda s: s.words)
     runs.add(fitting, range(spec.seeds))
     return min(kept+fitting, key=lambda s: _validation_loss(runs, s))
 
@@ -302,6 +345,27 @@ def _source_of(study, chosen, share):
         about = dict(pool=found.pool, backbone=found.backbone)
     return dict(set=chosen.candidate, label=words, n_synthetic=chosen.n_synthetic, share=1-share) | about
 
+# %% ../nbs/10_your_task.ipynb #6fff3949
+def _rows_of(study, split):
+    "The manifest rows of a split that is selected or tested on."
+    return split_rows(study, study.classify.eval.set_of(split), split)
+
+def _n_images(study, split):
+    "The images of a split that is selected or tested on."
+    return len(_rows_of(study, split))
+
+def _apart_from(runs: Runs,      # of the question
+                candidate: str   # a set
+               ):                # of each test image whether it is compared; how many are left out; a doubt or ''
+    "The test images that have no near copy among a candidate's training images."
+    study, split = runs.study, runs.spec.test_split
+    images = load_set(study.set_dir(study.classify.eval.set_of(split)), split).images
+    same, like, _ = copies_of(study, ['train'], np.asarray(images), candidate)
+    apart = ~(same | like)
+    copied = int((~apart).sum())
+    if not copied or apart.sum() >= FEW_IMAGES: return apart, copied, ''
+    return np.ones(len(apart), bool), 0, f'{copied} of {len(apart)} test images have near copies among the images added'
+
 # %% ../nbs/10_your_task.ipynb #f6b9d707
 def answer(runs: Runs,       # of the question
            chosen: Setting,  # with a candidate's images
@@ -311,96 +375,95 @@ def answer(runs: Runs,       # of the question
     spec, study, split = runs.spec, runs.study, runs.spec.test_split
     settings, seeds = _last_step(runs, chosen)
     with_, *without = runs.add(settings, seeds)
-    controls = dict(zip(controls_of(spec, chosen), without))
-    gains = {k: loss_gain(with_, c, split) for k, c in controls.items()}
-    better = deciding(gains)
-    gain, verdict, kind = gains[better], verdict_of(gains), kind_of(study, chosen.candidate)
-    rate = rate_gain(with_, controls[better], split)
-    labels = split_rows(study, study.classify.eval.set_of(split), split).label
-    slope = own_slope(curve, split) if len(curve) > 1 else None
-    n = max(spec.n_photos)
-    out = dict(verdict=verdict, kind=kind, headline=headline(verdict, kind),
-               why=verdict_words(verdict, gain, better, kind), recipe=chosen.recipe,
+    controls, level = dict(zip(controls_of(spec, chosen), without)), level_at(spec.test_looks)
+    apart, copied, doubt = _apart_from(runs, chosen.candidate)
+    gains, plain = ({k: loss_gain(with_, c, split, apart, m, level) for k, c in controls.items()}
+                    for m in ('loss_calibrated', 'loss'))
+    doubt = doubt or doubt_of(gains, plain, _n_images(study, study.classify.eval.validation))
+    better, verdict = deciding(gains), 'cannot tell' if doubt else verdict_of(gains)
+    gain, kind = gains[better], kind_of(study, chosen.candidate)
+    rate, n = rate_gain(with_, controls[better], split, apart, level), max(spec.n_photos)
+    without_temperature = {k: plain[better][k] for k in ('ratio', 'ci_lo', 'ci_hi')}
+    out = dict(verdict=verdict, kind=kind, headline=headline(verdict, kind), doubt=doubt, test_looks=spec.test_looks,
+               why=verdict_words(verdict, gain, better, kind, doubt), recipe=chosen.recipe,
                source=_source_of(study, chosen, spec.real_share),
                gain=dict(test_set=split, metric='loss_calibrated', against=better, **gain, top1=rate['change'],
-                         top1_lo=rate['ci_lo'], top1_hi=rate['ci_hi'], loss=split_mean(with_, split)),
-               controls=[dict(control=k, loss=split_mean(controls[k], split), **g) for k, g in gains.items()],
-               would_change=would_change(verdict, gain, kind), candidates=_candidate_rows(runs),
-               classes=class_gains(with_, controls[better], split, labels, study.study.classes))
-    if slope:
-        out |= dict(slope=slope, photos_for_same_gain=photos_for(n, gain, slope), next=[after_photos(n, 100, slope)])
+                         top1_lo=rate['ci_lo'], top1_hi=rate['ci_hi'], loss=split_mean(with_, split, images=apart),
+                         without_temperature=without_temperature, test_images_left_out=copied),
+               controls=[dict(control=k, loss=split_mean(controls[k], split, images=apart), **g)
+                         for k, g in gains.items()],
+               would_change=would_change(verdict, gain, kind, spec.test_looks, doubt), candidates=_candidate_rows(runs),
+               classes=class_gains(with_, controls[better], split, _rows_of(study, split).label, study.study.classes,
+                                   apart, level))
+    if len(curve) > 1:
+        slope = own_slope(curve, split)
+        out |= dict(slope=slope, photos_for_same_gain=photos_for(n, gain, slope), next=[after_more(n, 100, slope)])
     return out
 
 # %% ../nbs/10_your_task.ipynb #2cf5d0cb
-def _mixture_rows(runs: Runs,       # of the question
-                 chosen: Setting   # its candidate and recipe
-                ) -> pd.DataFrame: # n_real, n_synthetic, seed, value
-    "The validation losses of photographs with and without the chosen candidate."
-    split, rows = runs.study.classify.eval.validation, []
-    for s, by in runs.done.items():
-        if s.recipe != chosen.recipe or s.candidate not in ('', chosen.candidate) or s.times != 1: continue
-        rows += [dict(n_real=s.n_real, n_synthetic=s.n_synthetic, seed=k, value=r['tests'][split]['loss_calibrated'])
-                 for k, r in by.items() if k < runs.spec.seeds]
-    return pd.DataFrame(rows)
-
 def next_generated(runs: Runs,        # of the question
                    chosen: Setting,   # its candidate and recipe
                    more: int = 1000   # images
                   ) -> dict:          # what, n, ratio, ci_lo, ci_hi; None where there are too few runs
-    "What the next generated images would do to the loss; the interval is a jackknife over seeds."
-    df = _mixture_rows(runs, chosen)
-    sizes = df[df.n_synthetic > 0]
-    if sizes.n_real.nunique() < 2 or df.n_synthetic.nunique() < 3: return None
-    if not (df.value > 0).all(): return None       # every validation image is named right without doubt: no law
-    def log_ratio(d):
-        return np.log(marginal(fit_mixture(d), chosen.n_real, chosen.n_synthetic, more)['synthetic'])
-    seeds = sorted(df.seed.unique())
-    whole = log_ratio(df)
-    lo, hi = jackknife(whole, [log_ratio(df[df.seed != s]) for s in seeds]) if len(seeds) > 2 else (np.nan, np.nan)
-    ends = dict(zip(('ratio', 'ci_lo', 'ci_hi'), np.exp([whole, lo, hi]).tolist()))
-    near = ', if they are as near' if kind_of(runs.study, chosen.candidate) == 'retrieved' else ''
-    return dict(what=KINDS[kind_of(runs.study, chosen.candidate)]+near, n=more) | ends
-
-def _run_grid(runs: Runs,       # of the question
-             chosen: Setting,  # its candidate and recipe
-             reserve: float    # minutes that are needed later
-            ):
-    "The chosen candidate beside half of the photographs, for the mixture law, if there is time."
-    half = [n for n in sorted(runs.spec.n_photos) if n < chosen.n_real][-1:]
-    sizes = {s.n_synthetic for s in runs.done if s.candidate == chosen.candidate and s.recipe == chosen.recipe}
-    if not half or len(sizes) < 2: return
-    grid = [replace(chosen, n_real=half[0], n_synthetic=k) for k in sorted(sizes)]
-    what = f'{half[0]:,} photographs beside images of {chosen.candidate}'
-    if runs.fits(runs.cost(grid, range(runs.spec.seeds))+reserve, what):
-        runs.add(grid, range(runs.spec.seeds))
+    "What the next generated images would do to the loss, from pilots that were trained equally long."
+    split, seeds = runs.study.classify.eval.validation, runs.spec.seeds
+    curve = {s.n_synthetic: {k: r for k, r in by.items() if k < seeds} for s, by in runs.done.items()
+             if replace(s, n_synthetic=chosen.n_synthetic) == chosen}
+    curve = {n: by for n, by in curve.items() if by}
+    if len(curve) < 2: return None
+    if not all(split_mean(by, split) > 0 for by in curve.values()): return None     # a loss of 0 is no law
+    kind = kind_of(runs.study, chosen.candidate)
+    near = ', if they are as near' if kind == 'retrieved' else ''
+    return after_more(chosen.n_synthetic, more, own_slope(curve, split), KINDS[kind]+near)
 
 # %% ../nbs/10_your_task.ipynb #ea81ac9e
 _LOOKED_AT = 2000      # generated images at most
+
+def _named(study, recipe, candidate, i, point):
+    "The classes that a point's network names in generated images, and what was measured of it."
+    from synthscale.train import logits
+    net, measured = trained_net(study, point)
+    if recipe.is_probe:
+        from synthscale.started import features_of
+        x = features_of(study, recipe, candidate, 'train')[i]
+    else:
+        x = split_of(study, candidate, 'train').images[i]
+    return logits(net, x, size=recipe.crop_size).argmax(1).numpy(), measured
+
+def _look(runs, chosen):
+    "A record like that of a point: the share of generated images of each class that are named right; found or made."
+    import torch
+    study, rows = runs.study, split_rows(runs.study, chosen.candidate, 'train')
+    point = setting_point(runs.spec, Setting(chosen.recipe, chosen.n_real), 0, runs.balance)
+    i = np.random.default_rng(0).permutation(len(rows))[:_LOOKED_AT]
+    seen, began = rows.iloc[i], time.time()
+    config = point_config(study, point) | dict(looked_at=digest([seen.sha256.tolist(), seen.label.tolist()]))
+    if found := find_point(study, config): return found
+    named, measured = _named(study, study.recipes[chosen.recipe], chosen.candidate, i, point)
+    share = recognized(seen.label.to_numpy(), named, len(study.study.classes))
+    made = dict(versions=versions(), python=platform.python_version(), processor=processor(),
+                device='cuda' if torch.cuda.is_available() else 'cpu', wall_s=round(time.time()-began, 2))
+    record = sealed(dict(key=digest(config), config=config, made=made,
+                         tests={k: dict(class_recall=m['class_recall']) for k, m in measured.items()},
+                         recognized=[None if np.isnan(v) else float(v) for v in share]))
+    write_atomic(point_file(study, record['key']), json.dumps(record, sort_keys=True))
+    return record
 
 def drawn_classes(runs: Runs,      # of the question
                   chosen: Setting  # its candidate and recipe
                  ) -> list:        # class, recognized, recall, words
     "How often a network trained on the photographs alone names a generated image's class, and a test image's."
-    study, spec = runs.study, runs.spec
-    from synthscale.train import logits
-    net, measured = trained_net(study, setting_point(spec, Setting(chosen.recipe, chosen.n_real), 0, runs.balance))
-    recipe, rows = study.recipes[chosen.recipe], split_rows(study, chosen.candidate, 'train')
-    i = np.random.default_rng(0).permutation(len(rows))[:_LOOKED_AT]
-    if recipe.is_probe:
-        from synthscale.started import features_of
-        x = features_of(study, recipe, chosen.candidate, 'train')[i]
-    else:
-        x = split_of(study, chosen.candidate, 'train').images[i]
-    named = logits(net, x, size=recipe.crop_size).argmax(1).numpy()
-    share = recognized(rows.label.to_numpy()[i], named, len(study.study.classes))
-    recall, out, what = measured[spec.test_split]['class_recall'], [], KINDS[kind_of(study, chosen.candidate)]
-    for c, seen, own in zip(study.study.classes, share, recall):
-        if np.isnan(seen): continue
+    look, out, what = _look(runs, chosen), [], KINDS[kind_of(runs.study, chosen.candidate)]
+    runs.looks = [look]
+    recall = look['tests'][runs.spec.test_split]['class_recall']
+    for c, seen, own in zip(runs.study.study.classes, look['recognized'], recall):
+        if seen is None: continue
         odd = own is not None and seen < own/2
-        out.append({'class': c} | dict(recognized=float(seen), recall=own,
+        out.append({'class': c} | dict(recognized=seen, recall=own,
                                        words=f'hardly recognised in the {what}' if odd else ''))
     return out
 
+# %% ../nbs/10_your_task.ipynb #a5f636c5
 def near_copies_of(runs: Runs,      # of the question
                    candidate: str   # a set
                   ) -> dict:        # n, of: images looked at; photos: compared with; tested: copies of images that are
@@ -435,6 +498,39 @@ def _commands_for(study: Study,   # the study
         out.append(f"dvc repro generate@{source['set']}")
     return [*out, f'synthscale save-model {name} my_model']
 
+# %% ../nbs/10_your_task.ipynb #9a61045c
+_PICTURED = 6                   # classes at most
+_EACH, _SIDE = 4, 64            # images of a class in a strip, and pixels of an image at most
+
+def _strip(study, name, label):
+    "The first training images of a class beside each other, as a data URI: grey ones as ink; '' where there is none."
+    i = np.flatnonzero(split_rows(study, name, 'train').label.to_numpy() == label)[:_EACH]
+    if not len(i): return ''
+    x = load_set(study.set_dir(name), 'train', min(study.data.image_size, _SIDE), study.data.channels, rows=i).images
+    side, strip = x.shape[1], np.concatenate(x, 1)
+    small = side <= _SIDE//2                       # a PNG is small, too, and shows every pixel
+    data = encode_image(255-strip if strip.shape[-1] == 1 else strip, 'png' if small else 'jpeg', 85)
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(data).decode()}"
+
+def class_pictures(study: Study,   # the study
+                   out: dict       # contents of results/NAME.json
+                  ) -> list:       # dicts: class, words, photos and added, which are data URIs
+    "Own photographs beside the images added, of a few classes that gain, lose or cannot be drawn."
+    found, classes = list(marked_classes(out).items())[:_PICTURED], study.study.classes
+    return [{'class': c} | dict(words='; '.join(words), photos=_strip(study, out['photos']['set'], classes.index(c)),
+                                added=_strip(study, out['source']['set'], classes.index(c)))
+            for c, words in found]
+
+def shown_pictures(pictures: list   # as `class_pictures` gives them
+                  ):                # IPython's HTML
+    "The pictures for a notebook: a class a row."
+    from IPython.display import HTML
+    rows = [f"<tr><td>{escape(p['class'])}: {escape(p['words'])}</td>"
+            +''.join(f'<td><img src="{p[k]}" alt="{k}"></td>' if p[k] else '<td></td>' for k in ('photos', 'added'))
+            +'</tr>' for p in pictures]
+    head = '<tr><th>class</th><th>own photographs, training split</th><th>added</th></tr>'
+    return HTML(f"<table>{head}{''.join(rows)}</table>" if rows else '')
+
 # %% ../nbs/10_your_task.ipynb #de21c36b
 def check_task(study: Study,   # the study
                name: str       # under your_task
@@ -466,13 +562,12 @@ def run_task(study: Study,      # the study
     spec, n = runs.spec, max(runs.spec.n_photos)
     recipe = choose_recipe(runs)
     likely = next(iter(_pilot_settings(runs, recipe, spec.candidates[0], [None])), None) if spec.candidates else None
-    reserve = runs.cost(*_last_step(runs, likely)) if likely else 0.
+    reserve = _reserve(runs, likely) if likely else 0.
     chosen = run_pilots(runs, recipe)
     curve = run_curve_of_photos(runs, recipe, reserve)
-    out = dict(name=name, photos=dict(set=spec.photos, n=n, n_test=_n_test(study, spec)), recipe=recipe,
+    out = dict(name=name, photos=dict(set=spec.photos, n=n, n_test=_n_images(study, spec.test_split)), recipe=recipe,
                forecast=forecast_photos(curve, spec.test_split, sorted({100, n, 3*n})))
     if chosen:
-        _run_grid(runs, chosen, reserve)
         out |= answer(runs, chosen, curve)
         out['next'] = [x for x in (*out.get('next', []), next_generated(runs, chosen)) if x]
         out |= dict(near_copies=near_copies_of(runs, chosen.candidate), drawn=drawn_classes(runs, chosen),
@@ -480,20 +575,19 @@ def run_task(study: Study,      # the study
     else:
         out |= dict(verdict='', why='no generated images and no pool are named: this is what photographs alone give')
     out |= dict(anchors=_anchor_rows(runs), curve=_curve_rows(curve, spec.test_split), left_out=runs.left_out,
+                unused=[w for c in spec.candidates if (w := _unused(study, c))],
                 minutes=round(runs.spent, 2), seeds=spec.seeds, fresh_seeds=spec.fresh_seeds)
     return _write(runs, name, out, chosen)
-
-def _n_test(study, spec):
-    "Test images of the verdict."
-    return len(split_rows(study, study.classify.eval.set_of(spec.test_split), spec.test_split))
 
 def _write(runs, name, out, chosen):
     "Write the answer, the settings and the points of a question."
     study = runs.study
     plain = json.loads(json.dumps(out), parse_constant=lambda _: None)        # inf and NaN are no JSON
-    records = [r for by in runs.done.values() for r in by.values()]
+    records = [r for by in runs.done.values() for r in by.values()]+runs.looks
     write_points(study, name, records, 'your_task')
     write_csv(study.path('results', f'{name}_settings.csv'), _settings_table(runs, chosen))
+    pictures = class_pictures(study, plain) if chosen else []
+    write_atomic(study.path('runs', 'your_task', name, 'pictures.json'), json.dumps(pictures, indent=1)+'\n')
     write_atomic(study.path('results', f'{name}.json'), json.dumps(plain, indent=1)+'\n')
     return plain
 
@@ -526,9 +620,11 @@ def said(out: dict    # contents of results/NAME.json
     top1 = f"top-1 {g['top1']:+.1%} [{g['top1_lo']:+.1%}, {g['top1_hi']:+.1%}]"
     lines = [(out.get('headline') or out['verdict']).upper(), f"{what}: {out['why']}",
              f"{top1} on {g['n_test']:,} test images, {g['n_seeds']} seeds; recipe {out['recipe']}"]
-    if known := out['near_copies']['tested']:
-        lines.insert(1, f"not to be relied on: {known} of {out['near_copies']['of']:,} images that were looked at are "
-                        "near copies of images that are selected or tested on; leave them out and ask again")
+    if out['test_looks'] > 1:
+        lines.append(f"look {out['test_looks']} at these test images: intervals of {g['level']:.1%}")
+    if g['test_images_left_out']:
+        lines.append(f"{g['test_images_left_out']} more test images are left out of this: they have near copies among "
+                     "the images added")
     if 'photos_for_same_gain' in out and out['verdict'] == 'generate':
         lines.append(f"as much as {out['photos_for_same_gain']['words']}")
     lines += [f"the next {x['n']:,} {x['what']}: loss x {_with_interval(x, 'ratio')}" for x in out['next']]
@@ -544,7 +640,7 @@ def said(out: dict    # contents of results/NAME.json
     lines.append(f"would change it: {out['would_change']}")
     if out['left_out']:
         lines.append(f"left out for time: {'; '.join(out['left_out'])}")
-    return '\n'.join(lines)
+    return '\n'.join(lines+out['unused'])
 
 # %% ../nbs/10_your_task.ipynb #ca9f633d
 _CARD = """---

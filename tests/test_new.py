@@ -8,6 +8,7 @@ import numpy as np, pandas as pd, pytest, timm, torch
 from conftest import ROOT, edit, ran, sh
 from hypothesis import given, strategies as st
 from PIL import Image
+from synthscale.backbones import fixed_size
 from synthscale.data import build_set
 from synthscale.decision import headline
 from synthscale.drawing import model_of
@@ -523,6 +524,32 @@ def test_a_backbone_brings_a_probe_and_fine_tuning(here, tmp_path):
     with pytest.raises(StudyError, match='tensor .* is|holds .* tensors|do not fit the architecture'):
         new_task(task(here, tmp_path, folder=tmp_path/'other', backbone=f"{tmp_path/'net.pth'}=resnet18"))
     assert not (tmp_path/'other').exists()
+
+FIXED = ['test_vit', 'vit_tiny_patch16_224', 'swin_tiny_patch4_window7_224', 'vit_small_patch14_dinov2',
+         'mixer_s32_224', 'maxvit_tiny_tf_224']
+ANY = [('test_resnet', {}), ('tf_efficientnet_lite0', {}), ('vit_tiny_patch16_224', dict(dynamic_img_size=True))]
+
+@pytest.mark.parametrize('arch', FIXED)
+def test_an_architecture_that_takes_one_size_keeps_it(arch):
+    "Transformers that have a place for each patch; a size given as a keyword is the one they take."
+    own = timm.get_pretrained_cfg(arch).input_size[-1]
+    assert fixed_size(arch, {}) == own and fixed_size(arch, dict(img_size=64)) == 64
+
+@pytest.mark.parametrize('arch, kwargs', ANY, ids=['resnet', 'efficientnet', 'dynamic'])
+def test_others_take_any(arch, kwargs):
+    assert fixed_size(arch, kwargs) is None
+
+def test_a_transformer_as_backbone_is_asked_at_its_own_size(here, tmp_path):
+    "As it is planned, timed and priced; another size is refused before anything runs."
+    torch.save(timm.create_model('test_vit').state_dict(), tmp_path/'net.pth')
+    study = new_task(task(here, tmp_path, backbone=f"{tmp_path/'net.pth'}=test_vit", candidates=[here/'made']))
+    assert {study.recipes[r].input_size for r in study.your_task['decision'].recipes if study.recipes[r].start} == {160}
+    for key in ('recipes.probe', 'models.backbone'):
+        raw = json.loads(json.dumps(study.raw))
+        raw[key.split('.')[0]][key.split('.')[1]]['input_size'] = 64
+        found = problems(Study(study.dir, raw))
+        says = f'{key}.input_size is 64: expected 160, the only size that test_vit takes'
+        assert any(says in text for text in found), found
 
 # ---- a pool of other photos
 

@@ -1,12 +1,15 @@
 "Tables and laws: properties that hold for all inputs, and what is refused."
 import json, re
+from contextlib import nullcontext
 import numpy as np, pandas as pd, pytest
 from hypothesis import assume, given, settings, strategies as st
 from conftest import ROOT, copy_repo, sh
 from synthscale.components import METRICS_FITTED, read_images
 from synthscale.study_curves import curves_of
-from synthscale.laws import compare_slopes, equivalent, fit_curve, fit_ranges, fit_table, seed_slopes
-from synthscale.results import _run_with, compute_marks, prune, read_curves, summary, t_interval
+from synthscale.laws import compare_slopes, equivalent, fit_curve, fit_ranges, fit_study, fit_table, seed_slopes
+from synthscale.page import write_page
+from synthscale.report import make_report
+from synthscale.results import _run_with, compute_marks, prune, read_curves, read_table, summary, t_interval
 from synthscale.study import Study, StudyError
 
 exponents, scales = st.floats(.01, 2), st.floats(1e-3, 1e3)
@@ -143,3 +146,31 @@ def test_no_stage_is_taken_for_one_that_is_gone():
     text = (ROOT/'dvc.yaml').read_text()
     writes = {m for m in re.findall(r'runs/costs/([a-z_]+)-[$][{]key[}].json', text)}
     assert len(writes) > 10 and writes <= {*_run_with(Study(ROOT))}
+
+@pytest.mark.slow
+@pytest.mark.parametrize('where', ['largest', 'all'])
+@pytest.mark.parametrize('value', [0., 1e-12])
+def test_losses_of_nothing_leave_a_study_its_tables_and_its_report(repo, where, value):
+    "An easy task: every image is named right without a doubt, at the largest sizes or at all; nothing has a logarithm."
+    study = Study(repo)
+    tables = {f: read_table(repo/'results'/f) for f in ('curves.csv', 'images.parquet', 'per_class.parquet')}
+    def top(t):
+        "The rows of the largest size of each curve, or all."
+        return t.n_images >= (t.groupby('curve').n_images.transform('max') if where == 'largest' else 0)
+    for f in ('curves.csv', 'per_class.parquet'):
+        t = tables[f]
+        t.loc[top(t) & t.metric.isin(['loss', 'loss_calibrated']), 'value'] = value if f == 'curves.csv' else 0.
+    images = tables['images.parquet']
+    for k in ('loss', 'loss_calibrated'):
+        images[k] = [np.zeros_like(v) if here else v for v, here in zip(images[k], top(images))]
+    tables['curves.csv'].to_csv(repo/'results'/'curves.csv', index=False)
+    for f in ('images.parquet', 'per_class.parquet'):
+        tables[f].to_parquet(repo/'results'/f)
+    laws = fit_study(study)
+    make_report(study)
+    write_page(study)
+    known = laws[laws.curve.isin(study.report.scaling) & (laws.metric == study.laws.metric)]
+    assert len(known) and known.k.isna().all() == (where == 'all' and value == 0)
+    assert 'scaling_test.png' in {f.name for f in study.path('figures').iterdir()}
+    with pytest.raises(StudyError, match='a number above 0') if value == 0 else nullcontext():
+        read_curves(repo/'results'/'curves.csv')            # a table of one's own
