@@ -4,8 +4,9 @@
     python benchmarks/verdicts.py DIR/cifar10_jpg.zip --weights FILE        # a probe on Lite0's features
 
 A trial is a whole study of its own, in a temporary folder: photographs, a validation split and a test split drawn
-anew, two candidates, and the verdict as `synthscale your_task` gives it. In a trial of the first kind no candidate can
-help, in one of the second kind one can:
+anew, two candidates, and the verdict as `synthscale your_task` gives it. How many photographs there are, to select on
+and to test on, is drawn, too: 5 to 20 of each class, 3 or 15, and 2 to 50. In a trial of the first kind no candidate
+can help, in one of the second kind one can:
 - copies: the training photographs again (nothing new)
 - shuffled: other real photographs under a random permutation of their labels
 - shifted: other real photographs, each class under the next one's name
@@ -28,6 +29,7 @@ from scipy.stats import beta
 
 ROOT = Path(__file__).resolve().parents[1]
 HARMLESS = ('copies', 'shuffled', 'shifted', 'noise')
+NULL = ('copies', 'all', 'noise', 'copies', 'shuffled', 'copies', 'shifted')     # beside copies the truth is 1
 
 # ---- photographs
 
@@ -94,6 +96,7 @@ def params(kinds, classes, side, channels, recipe, models, n, fresh):
 def trial(seed, kind, data, recipe, models, fresh):
     "The verdict of one study whose truth is known."
     from synthscale.data import build_set
+    from synthscale.decision import verdict_of
     from synthscale.study import Study
     from synthscale.your_task import run_task
     import torch
@@ -101,7 +104,8 @@ def trial(seed, kind, data, recipe, models, fresh):
     images, labels, classes = data
     rng, began = np.random.default_rng(seed), time.time()
     per = int(rng.choice([5, 10, 20]))
-    photos, val, test, others = drawn(rng, labels, len(classes), (per, 15, 50, 4*per))
+    selected, tested = int(rng.choice([3, 15])), int(rng.choice([2, 5, 50]))
+    photos, val, test, others = drawn(rng, labels, len(classes), (per, selected, tested, 4*per))
     kinds = {'all': HARMLESS, 'more': ('more', str(rng.choice(HARMLESS)))}.get(kind, (kind, kind))
     named = [f'{k}_{i}' for i, k in enumerate(kinds)]
     folder = Path(tempfile.mkdtemp(prefix='trial-'))
@@ -121,8 +125,10 @@ def trial(seed, kind, data, recipe, models, fresh):
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     g = out['gain']
-    return dict(seed=seed, kind=kind, n_photos=len(photos), verdict=out['verdict'], chosen=out['source']['set'],
-                n_synthetic=out['source']['n_synthetic'], ratio=g['ratio'], ci_lo=g['ci_lo'], ci_hi=g['ci_hi'],
+    told = verdict_of({c['control']: c for c in out['controls']})
+    return dict(seed=seed, kind=kind, n_photos=len(photos), n_validation=len(val), n_test=len(test),
+                verdict=out['verdict'], chosen=out['source']['set'], n_synthetic=out['source']['n_synthetic'],
+                ratio=g['ratio'], ci_lo=g['ci_lo'], ci_hi=g['ci_hi'], doubt=out['doubt'], intervals=told,
                 seconds=round(time.time()-began, 1))
 
 # ---- the campaign
@@ -132,17 +138,23 @@ def interval(k, n):
     lo, hi = beta.ppf(.025, k, n-k+1) if k else 0., beta.ppf(.975, k+1, n-k) if k < n else 1.
     return [round(float(lo), 4), round(float(hi), 4)]
 
+def counts(rows, key):
+    "How often each verdict is given, by a key."
+    return {str(k): dict(Counter(r['verdict'] for r in rows if r[key] == k)) for k in sorted({r[key] for r in rows})}
+
 def summary(rows):
-    "Counts by kind, and the two shares that matter."
-    of = {k: [r['verdict'] for r in rows if r['kind'] == k] for k in sorted({r['kind'] for r in rows})}
-    kinds = {k: dict(Counter(v)) for k, v in of.items()}
+    "Counts by kind and by the number of test images, and the two shares that matter."
     null, more = ([r for r in rows if (r['kind'] == 'more') == m] for m in (False, True))
     wrong = sum(r['verdict'] == 'generate' for r in null)
     found = sum(r['verdict'] == 'generate' and r['chosen'].startswith('more') for r in more)
     misled = sum(r['verdict'] == 'generate' and not r['chosen'].startswith('more') for r in more)
-    return dict(by_kind=kinds, null_trials=len(null), wrong_generate=wrong, wrong_share=wrong/max(len(null), 1),
-                wrong_interval=interval(wrong, len(null)), help_trials=len(more), found=found, wrong_set=misled,
-                found_share=found/max(len(more), 1), found_interval=interval(found, len(more)))
+    thin = [r for r in rows if r['doubt']]
+    return dict(by_kind=counts(rows, 'kind'), null_by_test_images=counts(null, 'n_test'),
+                help_by_test_images=counts(more, 'n_test'), doubted=len(thin), null_trials=len(null),
+                doubted_wrong_generate=sum(r['intervals'] == 'generate' for r in thin if r['kind'] != 'more'),
+                wrong_generate=wrong, wrong_share=wrong/max(len(null), 1), wrong_interval=interval(wrong, len(null)),
+                help_trials=len(more), found=found, wrong_set=misled, found_share=found/max(len(more), 1),
+                found_interval=interval(found, len(more)))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,7 +179,9 @@ def main():
                                  mean=[.5]*3, std=[.5]*3, input_size=224, n_classes=1000, sha256=file_sha256(a.weights),
                                  licence='Apache-2.0', origin='ImageNet-1k'))
         recipe = base | dict(start={'from': 'lite0', 'train': 'head'}, input_size=64)
-    plan = [(i, ([*HARMLESS, 'all'][i % 5])) for i in range(a.null)]+[(1000+i, 'more') for i in range(a.help_trials)]
+    plan = [(i, NULL[i % len(NULL)]) for i in range(a.null)]
+    for i in range(a.help_trials):                       # among them, so that a killed campaign has some of both
+        plan.insert(round((i+1)*len(plan)/a.help_trials), (1000+i, 'more'))
     kept = Path(a.keep) if a.keep else None
     rows = [json.loads(x) for x in kept.read_text().splitlines()] if kept and kept.exists() else []
     seen, began = {r['seed'] for r in rows}, time.time()
@@ -179,7 +193,8 @@ def main():
                 f.write(json.dumps(r)+'\n')
     print(json.dumps(dict(
         benchmark='verdicts', data=Path(a.photos).name, recipe='probe' if a.weights else 'scratch', seeds=3,
-        fresh_seeds=a.fresh, validation_images=15*len(data[2]), test_images=50*len(data[2]), **summary(rows),
+        fresh_seeds=a.fresh, validation_images=sorted({r['n_validation'] for r in rows}),
+        test_images=sorted({r['n_test'] for r in rows}), **summary(rows),
         trial_seconds=sum(r['seconds'] for r in rows), wall_seconds=round(time.time()-began, 1), threads=1, jobs=a.jobs,
         cores=os.cpu_count(), machine=platform.machine(), python=platform.python_version(),
         versions={k: version(k) for k in ('torch', 'timm', 'numpy', 'scipy')})))

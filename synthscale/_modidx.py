@@ -1058,6 +1058,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'synthscale.new._say_layout': ('new.html#_say_layout', 'synthscale/new.py'),
                                 'synthscale.new._say_near': ('new.html#_say_near', 'synthscale/new.py'),
                                 'synthscale.new._say_terms': ('new.html#_say_terms', 'synthscale/new.py'),
+                                'synthscale.new._say_tests': ('new.html#_say_tests', 'synthscale/new.py'),
                                 'synthscale.new._set_aside': ('new.html#_set_aside', 'synthscale/new.py'),
                                 'synthscale.new._set_line': ('new.html#_set_line', 'synthscale/new.py'),
                                 'synthscale.new._sizes': ('new.html#_sizes', 'synthscale/new.py'),

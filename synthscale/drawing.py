@@ -110,7 +110,8 @@ def drawing_lines(models: list,     # of Model
     asked = dict(words=dict(name=words)) if words else {}
     asked['sets'] = {k: dict(family=v) for k, v in _PROMPTS.items()}
     sources = [_flow({k: v})[1:-1] for k, v in sources_of(models).items()]
-    two = [', '.join(sources[i:i+2]) for i in range(0, len(sources), 2)]       # a line for each model and prompt set
+    k = 2 if len(models) < 3 else 4        # a line for each model and prompt set; with many models for each model
+    two = [', '.join(sources[i:i+k]) for i in range(0, len(sources), k)]
     return ['models:', *(f'  {m.name}: {_flow(_entry(m, folder))}' for m in models), f'prompts: {_flow(asked)}', '',
             'generate:',
             f'  n_images: {n}              # of each source: a pilot; more later extend it', f'  batch_size: {batch}',

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .data import build_set
+from .decision import FEW_IMAGES
 from .drawing import drawing_price
 from .inputs import SPLIT_NAMES, bytes_hash, check_above, files_below, list_hash, same_letters
 from .pixels import Limits, NearHashes, difference_hash
@@ -457,6 +458,8 @@ def _question(task, plan):
 
 _TINY = 16      # pixels: smaller letters and digits of one class are nearly the same without being copies
 
+_LINES = 60     # of params.yaml; of a longer one the empty lines are left out
+
 _HEAD = """# Would generated images help to tell these classes apart? Written by `synthscale new`, to be edited.
 # `dvc repro` computes what an edit concerns, and nothing else.
 root: package                  # the code is the synthscale that is installed
@@ -501,7 +504,7 @@ def params_text(task: Task,  # what was asked for
     folder = Path(task.folder).resolve()
     shown = ['photos', *task.candidate_names, *([_FOUND] if plan.found else [])]
     equal = 'as many images of each class' if plan.balance == 'equal' else 'classes are of unequal size'
-    return f"""{_HEAD}study:
+    text = f"""{_HEAD}study:
   name: "{folder.name}"
   classes: {_flow(list(plan.classes.values()))}
 
@@ -530,6 +533,7 @@ your_task:                     # would generated images help? The answer: result
 laws: {{metric: loss_calibrated}}      # cross-entropy after one temperature, found on the split val
 report: {{scaling: [photos], samples: {_flow(shown)}}}
 """
+    return text if len(text.splitlines()) <= _LINES else re.sub('\n\n+', '\n', text)
 
 # %% ../nbs/11_new.ipynb #239efeff
 _SHOWN = (96000, 48000, 24000, 12000, 6000, 3000)      # samples_seen_at_100 that are tried, and then fewer seeds
@@ -880,6 +884,18 @@ def _say_layout(task):
                   f'{found.loose[0]}')
 
 # %% ../nbs/11_new.ipynb #097fecdc
+def _say_tests(study):
+    "Whether the photographs to test on are enough for an answer, and for one about a class."
+    from synthscale.classify import split_rows
+    split, e = study.your_task['decision'].test_split, study.classify.eval
+    n = split_rows(study, e.set_of(split), split)['class'].value_counts()
+    if n.sum() < FEW_IMAGES:
+        print(f"{n.sum()} photographs to test on: with fewer than {FEW_IMAGES} the answer is 'cannot tell', whatever "
+              "is found; bring more, by --test DIR or among --images")
+    elif (n < FEW_IMAGES).any():
+        print(f'{(n < FEW_IMAGES).sum()} of {len(n)} classes have fewer than {FEW_IMAGES} photographs to test on: '
+              'whether they gain or lose will not be said')
+
 def new_task(task: Task    # what is asked for
             ) -> Study:
     """Write a study of one's own photographs, and say what is in them and what it costs; of one that fails nothing
@@ -914,6 +930,7 @@ def new_task(task: Task    # what is asked for
     _say_layout(task)
     _say_terms(task, study)
     _say_near(study, pairs)
+    _say_tests(study)
     _say_drawn(task, plan)
     whole = looked[looked['class'] == 'all'].set_index('set')
     lost = whole[[*_SAID, 'other']].sum(axis=1)

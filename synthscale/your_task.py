@@ -376,10 +376,10 @@ def answer(runs: Runs,       # of the question
     settings, seeds = _last_step(runs, chosen)
     with_, *without = runs.add(settings, seeds)
     controls, level = dict(zip(controls_of(spec, chosen), without)), level_at(spec.test_looks)
-    apart, copied, doubt = _apart_from(runs, chosen.candidate)
+    apart, copied, copies = _apart_from(runs, chosen.candidate)
     gains, plain = ({k: loss_gain(with_, c, split, apart, m, level) for k, c in controls.items()}
                     for m in ('loss_calibrated', 'loss'))
-    doubt = doubt or doubt_of(gains, plain, _n_images(study, study.classify.eval.validation))
+    doubt = copies or doubt_of(gains, plain, _n_images(study, study.classify.eval.validation))
     better, verdict = deciding(gains), 'cannot tell' if doubt else verdict_of(gains)
     gain, kind = gains[better], kind_of(study, chosen.candidate)
     rate, n = rate_gain(with_, controls[better], split, apart, level), max(spec.n_photos)
@@ -392,7 +392,9 @@ def answer(runs: Runs,       # of the question
                          without_temperature=without_temperature, test_images_left_out=copied),
                controls=[dict(control=k, loss=split_mean(controls[k], split, images=apart), **g)
                          for k, g in gains.items()],
-               would_change=would_change(verdict, gain, kind, spec.test_looks, doubt), candidates=_candidate_rows(runs),
+               would_change=('images without near copies of those that are tested on' if copies else
+                             would_change(verdict, gain, kind, spec.test_looks, doubt)),
+               candidates=_candidate_rows(runs),
                classes=class_gains(with_, controls[better], split, _rows_of(study, split).label, study.study.classes,
                                    apart, level))
     if len(curve) > 1:

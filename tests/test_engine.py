@@ -137,7 +137,7 @@ def test_one_two_and_four_workers_generate_the_same_bytes_and_a_killed_worker_is
     "Four Ray workers; then two, one of which is killed in the middle of a shard."
     generate_source(study, NAME, workers=4)
     assert files(study) == study.whole
-    study = change(study, steps=60)
+    study = change(study, steps=25)
     generate_source(study, NAME, workers=1)
     whole = files(study)
     src = Source(study, NAME)
@@ -452,7 +452,7 @@ print(len(generate_source(Study('.'), 'names_g2', workers=int(sys.argv[1]))))
 @pytest.mark.parametrize('workers', [(1, 1), (2, 1)])
 def test_two_whole_runs_on_the_same_source_share_the_work(study, workers, ray_turn):
     "Started at once, without Ray or one of them with it: both end well, and there is one whole set."
-    study = change(study, steps=30)
+    study = change(study, steps=12)
     whole = generate_source(study, NAME, workers=1).sha256.tolist()
     shutil.rmtree(study.set_dir(NAME))
     both = [start('-c', FULL, str(n), cwd=study.dir) for n in workers]

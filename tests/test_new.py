@@ -8,6 +8,7 @@ import numpy as np, pandas as pd, pytest, timm, torch
 from conftest import ROOT, edit, ran, sh
 from hypothesis import given, strategies as st
 from PIL import Image
+from ruamel.yaml import YAML
 from synthscale.backbones import fixed_size
 from synthscale.data import build_set
 from synthscale.decision import headline
@@ -505,6 +506,18 @@ def test_a_model_in_a_folder_draws_candidates(here, drawer, tmp_path):
     first = next(iter(study.generate.sources))
     sh(f'dvc repro generate@{first}', study.dir)
     assert len(read_manifest(study.set_dir(first))) == study.generate.n_images
+
+def test_a_study_with_everything_that_can_be_asked_for_is_read_at_a_glance(here, drawer, tmp_path):
+    "Three models, two folders of candidates, a pool, test images from two places, a backbone: 60 lines at most."
+    models = [shutil.copytree(drawer, tmp_path/f'sd{i}') for i in range(3)]
+    asked = task(here, tmp_path, test=here/'twin'/'made', ood=here/'uneven', candidates=[here/'made', here/'same'],
+                 models=list(map(str, models)), pool=here/'birds')
+    backbone = dict(type='backbone', input='net.pth', arch='resnet18', mean=[.5]*3, std=[.5]*3, input_size=224)
+    plan = Plan({'cat': 'cat', 'dog': 'dog'}, n_train=24, backbone=backbone, n_pool=9,
+                lists=dict(val='locked/photos_val.csv'), made=dict(made=60, same=8))
+    text = params_text(asked, plan)
+    assert {*YAML(typ='safe').load(text)} >= {'retrieved', 'models', 'generate', 'your_task'}
+    assert len(text.splitlines()) <= 60 and len(YAML(typ='safe').load(text)['generate']['sources']) == 12
 
 @pytest.mark.slow
 def test_drawing_that_does_not_fit_is_said(here, drawer, tmp_path):

@@ -474,6 +474,7 @@ def test_test_images_with_a_near_copy_among_the_images_are_not_compared(decided,
     else:
         assert out['verdict'] == 'cannot tell' and f'of {n} test images have near copies' in out['doubt']
         assert out['doubt'] in out['why'] and out['doubt'] in said(out)
+        assert out['would_change'] == 'images without near copies of those that are tested on'
     assert decided[1]['gain']['test_images_left_out'] == 0 and 'left out' not in said(decided[1])
 
 def test_what_balanced_classes_leave_of_a_candidate_is_said(decided, tmp_path):
