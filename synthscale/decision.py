@@ -127,12 +127,10 @@ def doubt_of(gains: dict,     # control -> as `loss_gain` gives it
     verdict, first = verdict_of(gains), next(iter(gains.values()))
     if first['n_test'] < FEW_IMAGES: return f"{first['n_test']} test images are too few, expected {FEW_IMAGES} or more"
     if verdict == 'cannot tell': return ''
+    if n_chosen >= FEW_CHOSEN: return ''
     for control in gains if verdict == 'generate' else [deciding(gains)]:
         g = plain[control]
-        lo, mid, hi = (np.log(max(g[k], 1e-9)) for k in ('ci_lo', 'ratio', 'ci_hi'))
-        if verdict == 'do not generate':
-            lo, mid, hi = -hi, -mid, -lo
-        if lo > 0 or (mid > 0 and n_chosen < FEW_CHOSEN):
+        if g['ratio'] > 1 if verdict == 'generate' else g['ratio'] < 1:
             return (f"without the temperature that was found on {n_chosen} validation images the ratio is "
                     f"{g['ratio']:.2f} [{g['ci_lo']:.2f}, {g['ci_hi']:.2f}], which says otherwise")
     return ''

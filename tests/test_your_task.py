@@ -106,9 +106,10 @@ def gain(ratio, wide, n_test=300):
     return dict(ratio=ratio, ci_lo=ratio/wide, ci_hi=ratio*wide, n_test=n_test, n_seeds=6)
 
 DOUBTS = [('helps, and plainly, too', .9, .9, 300, 300, ''), ('harms, and plainly, too', 1.2, 1.2, 300, 300, ''),
-          ('helps, but plainly it is shown to harm', .9, 1.2, 300, 300, 'says otherwise'),
+          ('helps, but plainly it harms, few validation images', .9, 1.2, 300, 99, 'says otherwise'),
+          ('helps, but plainly it harms, many validation images', .9, 1.2, 300, 100, ''),
           ('harms, but plainly it is shown to help', 1.65, .93, 300, 28, 'says otherwise'),
-          ('harms, but plainly it is shown to help, many validation images', 1.65, .9, 300, 5000, 'says otherwise'),
+          ('harms, but plainly it is shown to help, many validation images', 1.65, .9, 300, 5000, ''),
           ('helps, plainly a little worse, few validation images', .9, 1.01, 300, 28, 'says otherwise'),
           ('helps, plainly a little worse, many validation images', .9, 1.01, 300, 300, ''),
           ('helps on few test images', .9, .9, 12, 300, 'too few'),
