@@ -407,17 +407,18 @@ def _bring_features(study, todo, workers):
         from synthscale.started import compute_features
         compute_features(study, study.recipes[name], list(splits), usable_processes(workers))
 
-def run_points(study: Study,      # the study
-               points: list,      # which runs
-               workers: int = 0   # processes; 0: one per GPU, or per core
-              ) -> dict:          # Point -> record
+def run_points(study: Study,          # the study
+               points: list,          # which runs
+               workers: int = 0,      # processes; 0: one per GPU, or per core
+               what: str = 'points'   # they are, beside the progress bar
+              ) -> dict:              # Point -> record
     "Find or train points, side by side (under torchrun in turn); finished ones are kept whatever happens to the rest."
     done = {p: r for p in points if (r := find_point(study, _trainer(p).point_config(study, p)))}
     todo = sorted((p for p in points if p not in done), key=lambda p: _longest_first(study, p))
     if not todo: return done
     _bring_features(study, todo, workers)
     failed, quiet = {}, os.environ.get('RANK', '0') != '0'
-    bar = tqdm(_jobs(study, todo, workers), total=len(todo), desc=f'points ({len(done)} found)', unit='point',
+    bar = tqdm(_jobs(study, todo, workers), total=len(todo), desc=f'{what} ({len(done)} found)', unit='point',
                disable=quiet)
     for point, r in bar:
         (failed if isinstance(r, Exception) else done)[Point(*point)] = r

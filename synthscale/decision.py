@@ -144,7 +144,8 @@ def deciding(gains: dict    # control -> as `loss_gain` gives it
 def percent(ratio: float    # of losses
            ) -> str:
     "A ratio of losses in words."
-    return f"{abs(ratio-1):.0%} {'lower' if ratio < 1 else 'higher'}"
+    size = f'{abs(ratio-1):.0%}' if abs(ratio-1) >= .005 else 'less than 1%'
+    return f"{size} {'lower' if ratio < 1 else 'higher'}"
 
 def headline(verdict: str,            # of VERDICTS
              kind: str = 'generated'  # of KINDS
@@ -163,7 +164,7 @@ def verdict_words(verdict: str,   # as `verdict_of` gives it
     with_ = f"with {KINDS[kind]} the loss is {percent(gain['ratio'])} than with {control}"
     if doubt: return f"{with_}, {interval}, but {doubt}"
     if verdict != 'cannot tell': return f"{with_}, {interval}"
-    return f"{with_}, but the interval holds no difference: {interval}"
+    return f"{with_}, but the interval includes no difference: {interval}"
 
 # %% ../nbs/07n_decision.ipynb #a95be4a2
 def _reach(gain, runs, images, level):
@@ -193,6 +194,10 @@ def what_would_tell(gain: dict,          # as `loss_gain` gives it
     times = next((t for t in range(2, 101) if _reach(gain, t*n, t*m, fresh) < size), None)
     return dict(runs=runs, test_images=None if images is None else int(images), both=times)
 
+def _round(n):
+    "A number with two digits that count, as an extrapolation has."
+    return f'{float(f"{n:.2g}"):,.0f}'
+
 def would_change(verdict: str,   # of VERDICTS
                  gain: dict,     # against the better control
                  kind: str = 'generated',   # of KINDS
@@ -211,11 +216,12 @@ def would_change(verdict: str,   # of VERDICTS
         return (f"{need['runs']-gain['n_seeds']} more seeds (fresh_seeds: {need['runs']}, test_looks: {looks+1}), if "
                 "the estimate stays")
     if need['test_images']:
-        return f"about {need['test_images']:,} other test photographs, if the estimate stays"
+        return f"about {_round(need['test_images'])} new test photographs in the place of these, if the estimate stays"
     if need['both']:
-        return (f"{need['both']} times as many seeds, and as many times {gain['n_test']:,} other test photographs, if "
-                "the estimate stays; neither alone would do")
-    return 'neither 100 times as many seeds nor test photographs: if the estimate stays, it is too small'
+        return (f"{need['both']} times as many seeds, and about {_round(need['both']*gain['n_test'])} new test "
+                "photographs in the place of these, if the estimate stays; neither alone would do")
+    return ('nothing within reach: if the estimate stays, the difference is too small to be told, even with 100 times '
+            'as many seeds and test photographs')
 
 
 # %% ../nbs/07n_decision.ipynb #a01efc2b
@@ -234,7 +240,7 @@ def class_gains(a: dict,        # seed -> record: the arm that is judged
         if len(k) < 2: continue
         g = loss_gain(a, b, split, k, level=level)
         if len(k) < FEW_IMAGES:
-            g['p'] = np.nan
+            g |= dict.fromkeys(('ci_lo', 'ci_hi', 'p'), np.nan)
         rows.append({'class': name, 'n_test': len(k)} | {c: g[c] for c in ('ratio', 'ci_lo', 'ci_hi', 'p')}
                     | dict(change=rate_gain(a, b, split, k)['change']))
     for r, p in zip(rows, holm([r['p'] for r in rows])):

@@ -575,7 +575,8 @@ def affordable(task: Task,        # what was asked for
         write_atomic(Path(task.folder)/'params.yaml', params_text(task, p))
         return p, table
     raise StudyError(f'the cheapest plan takes {math.ceil(least)} minutes on this machine, and --budget is '
-                     f'{task.minutes:g}m: allow more, or a smaller --image-size, or fewer --candidates and --model')
+                     f'{task.minutes:g}m: allow more, or a smaller --image-size, or fewer --candidates and --model'
+                     +(', or a --backbone, whose probe takes less' if not plan.backbone else ''))
 
 # %% ../nbs/11_new.ipynb #752c6157
 def _usable(study, name, split='train'):

@@ -418,18 +418,20 @@ def decision_html(c: Content,               # of a page
     items = [('Gain', _decided_gain(c, note)), ('Images', _decided_images(c, note)),
              ('Tried', _decided_others(found, note)),
              ('Photographs', _decided_photos(c, note)),
-             ('Photographs for the same gain', _words_or(note, 'photos_for_same_gain')),
+             ('Photographs for the same gain', _words_or(note, 'photos_for_same_gain')
+              if note['verdict'] == 'generate' else ''),
              ('Recipe', note.cite('recipe')), ('Near copies of photographs', copies if note['near_copies.n'] else ''),
              ('Test images left out', note.cite('gain.test_images_left_out', 'count')
               if note.number('gain.test_images_left_out') > 0 else ''),
-             ('Look at these test images', note.cite('test_looks', 'count') if note.number('test_looks') > 1 else ''),
+             ('Look at these test images', f"{note.cite('test_looks', 'count')}, so the verdict's intervals are of "
+              f"{note.cite('gain.level', 'percent')}" if note.number('test_looks') > 1 else ''),
              ('Hours', note.cite('hours', 'rate')),
              ('Minutes', note.cite('minutes', 'rate')), ('Next', _decided_next(found, note)),
              ('What would change it', note.cite('would_change'))]
     facts = ''.join(f'<div{long*(t in _LONG)}><dt>{t}</dt><dd>{v}</dd></div>' for t, v in items if v)
     commands = '\n'.join(escape(str(v)) for v in found.get('commands') or [])
     run = f'<pre tabindex="0" class="commands"><code>{commands}</code></pre>' if commands else ''
-    run = f'<h{level}>To do it</h{level}>{run}' if run else ''
+    run = f'<h{level}>To train and keep what is recommended</h{level}>{run}' if run else ''
     key = 'headline' if note['headline'] else 'verdict'         # older files have no headline
     said = note.cite(key, text=f"{note[key][:1].upper()}{note[key][1:]}.")
     title = f'<p class="verdict">{said}</p>' if said else ''

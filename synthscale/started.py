@@ -17,7 +17,7 @@ from .study import Study, StudyError, derive_seed, write_atomic
 
 # %% auto #0
 __all__ = ['Probe', 'probe_net', 'Tuned', 'tuned_net', 'start_config', 'features_of', 'compute_features', 'started_net', 'Probed',
-           'save_classifier', 'load_classifier']
+           'save_classifier', 'load_classifier', 'classify_files']
 
 # %% ../nbs/06f_started.ipynb #029cf83e
 class Probe(torch.nn.Module):
@@ -206,3 +206,20 @@ def load_classifier(folder    # as `save_classifier` writes it
         raise StudyError(f"{folder/'model.safetensors'}: not the weights that config.json describes: "
                          f"{str(e)[:200]}") from None
     return net.eval(), config
+
+# %% ../nbs/06f_started.ipynb #7ab6d930
+def classify_files(folder,   # as `save_classifier` writes it
+                   files     # paths of images
+                  ):         # pandas DataFrame, one row per file: file, class, probability, and one column per class
+    "What a kept network sees in images; raises `StudyError` that names a file which is no image."
+    import pandas as pd
+    from synthscale.shards import decode
+    from synthscale.train import logits
+    net, config = load_classifier(folder)
+    files, classes = [Path(f) for f in files], config['classes']
+    x = [decode(f.read_bytes(), config['image_size'], config['channels'], str(f)) for f in files]
+    if not x: raise StudyError('no file to classify, expected one or more')
+    out = logits(net, np.stack(x), size=config.get('crop'))/config.get('temperature', 1.)
+    p = torch.softmax(out.double(), 1).numpy()
+    named = dict(file=list(map(str, files)), **{'class': [classes[k] for k in p.argmax(1)]}, probability=p.max(1))
+    return pd.DataFrame(named).join(pd.DataFrame(p, columns=classes), rsuffix='_')

@@ -126,11 +126,12 @@ class Runs:
 
     def add(self,
             settings: list,   # of Setting
-            seeds             # of each
+            seeds,            # of each
+            what='runs'       # they are, beside the progress bar
            ) -> list:         # of seed -> record, one a setting
         "Find or make runs."
         todo = self.points(settings, seeds)
-        found = run_points(self.study, list(dict.fromkeys(todo.values())), self.workers)
+        found = run_points(self.study, list(dict.fromkeys(todo.values())), self.workers, what)
         took = [r['made']['wall_s'] for r in found.values()]
         self.took.append(side_by_side(took, usable_processes(self.workers)))
         for (s, k), p in todo.items():
@@ -230,17 +231,21 @@ def choose_recipe(runs: Runs    # of the question
     "Each recipe on the photographs alone; the best is used."
     spec, n = runs.spec, max(runs.spec.n_photos)
     anchors = [Setting(r, n) for r in spec.recipes]
-    runs.add(anchors, range(1))                              # of each one run, which says what it costs
+    runs.add(anchors, range(1), 'one run of each recipe')    # which says what it costs
     kept = []
     for a in anchors:                                        # whichever is the best, the rest must fit behind all
         need = runs.cost([*kept, a], range(spec.seeds))+max(_rest(runs, k) for k in [*kept, a])
-        if runs.fits(need, f'recipe {a.recipe}: with it, the rest would not fit into the time'):
+        if runs.fits(need, _no_room(a.recipe)):
             kept.append(a)
     if not kept: raise StudyError(_too_short(runs, anchors))
-    runs.add(kept, range(spec.seeds))
+    runs.add(kept, range(spec.seeds), 'recipes on photographs alone')
     best = min(kept, key=lambda a: _validation_loss(runs, a))
     _other_anchors(runs, [a for a in anchors if a not in kept], best)
     return best.recipe
+
+def _no_room(recipe):
+    "Why the question is not asked with a recipe."
+    return f'recipe {recipe}: the question, asked with it, would not fit into the time'
 
 def _rest(runs, anchor):
     "Minutes of what follows with a recipe at least: pilots of one candidate, and what is needed after them."
@@ -251,9 +256,12 @@ def _rest(runs, anchor):
 def _other_anchors(runs, others, best):
     "Recipes that the question cannot be asked with are still compared on the photographs, and a better one is named."
     for a in others:
-        if runs.has_time(runs.cost([a], range(runs.spec.seeds))+_rest(runs, best)):
-            runs.add([a], range(runs.spec.seeds))
+        whole = runs.has_time(runs.cost([a], range(runs.spec.seeds))+_rest(runs, best))
+        if whole:
+            runs.add([a], range(runs.spec.seeds), 'another recipe')
         mine, chosen = _validation_loss(runs, a), _validation_loss(runs, best)
+        if whole:                # of one that is worse nothing is lost
+            runs.left_out.remove(_no_room(a.recipe))
         if mine < chosen:
             runs.left_out.append(f'recipe {a.recipe} is better on the photographs alone (validation loss {mine:.3f}, '
                                  f'{best.recipe} {chosen:.3f}): the answer may be another with more minutes')
@@ -276,12 +284,12 @@ def run_pilots(runs: Runs,    # of the question
     reserve = _reserve(runs, pilots[0])
     kept = _fitting(runs, pilots, reserve, lambda p: f'candidate {p.candidate}')
     if not kept: raise StudyError(_too_short(runs, [Setting(recipe, max(spec.n_photos))]))
-    runs.add(kept, range(spec.seeds))
+    runs.add(kept, range(spec.seeds), 'pilots of candidates')
     best = sorted(kept, key=lambda s: _validation_loss(runs, s))[:2]
     more = [s for b in best for s in _pilot_settings(runs, recipe, b.candidate, spec.n_more)
             if s.n_synthetic > b.n_synthetic]
     fitting = _fitting(runs, more, reserve, lambda s: s.words)
-    runs.add(fitting, range(spec.seeds))
+    runs.add(fitting, range(spec.seeds), 'pilots with more images')
     return min(kept+fitting, key=lambda s: _validation_loss(runs, s))
 
 def run_curve_of_photos(runs: Runs,       # of the question
@@ -293,7 +301,7 @@ def run_curve_of_photos(runs: Runs,       # of the question
     for n in sorted(spec.n_photos, reverse=True):
         s = Setting(recipe, n)
         if not runs.fits(runs.cost([s], range(spec.seeds))+reserve, f'{n:,} photographs alone'): continue
-        out[n] = runs.add([s], range(spec.seeds))[0]
+        out[n] = runs.add([s], range(spec.seeds), f'{n:,} photographs alone')[0]
     return dict(sorted(out.items()))
 
 # %% ../nbs/10_your_task.ipynb #c2c722bb
@@ -374,7 +382,7 @@ def answer(runs: Runs,       # of the question
     "The choice measured again, on the test split, and what follows from it."
     spec, study, split = runs.spec, runs.study, runs.spec.test_split
     settings, seeds = _last_step(runs, chosen)
-    with_, *without = runs.add(settings, seeds)
+    with_, *without = runs.add(settings, seeds, 'the choice measured again')
     controls, level = dict(zip(controls_of(spec, chosen), without)), level_at(spec.test_looks)
     apart, copied, copies = _apart_from(runs, chosen.candidate)
     gains, plain = ({k: loss_gain(with_, c, split, apart, m, level) for k, c in controls.items()}
@@ -606,8 +614,9 @@ def _ahead(out):
     "What the photographs alone are expected to give with a hundred more of them, as a list of at most one line."
     n = out['photos']['n']
     now = [c['loss'] for c in out['curve'] if c['n_photos'] == n]
-    return [f"photographs alone: loss {now[0]:.3f} with {n:,}; expected with {f['n_photos']:,}: "
-            f"{_with_interval(f, 'loss')}" for f in out['forecast'] if now and f['n_photos'] == n+100]
+    return [f"photographs alone: loss {now[0]:.3f} with {n:,}; one new measurement with {f['n_photos']:,} would lie "
+            f"between {f['ci_lo']:.3f} and {f['ci_hi']:.3f}" for f in out['forecast']
+            if now and f['n_photos'] == n+100 and f['ci_hi'] <= _WIDE*f['ci_lo']]
 
 def said(out: dict    # contents of results/NAME.json
         ) -> str:
@@ -660,7 +669,10 @@ The verdict of the study: **{verdict}** ({why}).
 
 The temperature {temperature:.3f} was found on the validation split; divide logits by it for probabilities.
 Photographs: the set {photos} of the study, whose owners decide on their use.{generated}
-Read it with `synthscale.started.load_classifier(FOLDER)`: images as floats from -1 to 1, {size} pixels per side.
+`synthscale.started.classify_files(FOLDER, FILES)` names the class of images in files. By hand:
+`net, config = synthscale.started.load_classifier(FOLDER)`, and
+`(net(x)/config['temperature']).softmax(1)` for x of n x {channels} x {size} x {size}, floats from -1 (black) to 1
+(white), in the order of `config['classes']`.
 """
 
 def recommended(out: dict    # contents of results/NAME.json
@@ -687,7 +699,7 @@ def _card(study, out, setting, measured, licence):
                         recipe=setting.recipe, arch=arch_of(study, setting.recipe), words=setting.words,
                         verdict=out.get('headline') or out['verdict'] or 'none', why=out['why'], rows='\n'.join(rows),
                         temperature=first['temperature'], photos=out['photos']['set'], generated=made,
-                        size=study.data.image_size, licence=licence)
+                        size=study.data.image_size, channels=study.data.channels, licence=licence)
 
 def save_model(study: Study,   # the study
                name: str,      # under your_task, decided
@@ -697,7 +709,8 @@ def save_model(study: Study,   # the study
     from synthscale.started import save_classifier
     file = study.path('results', f'{name}.json')
     if not file.exists(): raise StudyError(f"{file}: no such file; 'dvc repro' makes it")
-    if Path(folder).exists() and any(Path(folder).iterdir()): raise StudyError(f"{folder}: not empty")
+    if Path(folder).exists() and any(Path(folder).iterdir()): raise StudyError(
+        f"{folder}: not empty: name another folder, or remove this one first")
     out, spec = json.loads(file.read_text()), check_task(study, name)
     setting, recipe = recommended(out), study.recipes[out['recipe']]
     net, measured = trained_net(study, setting_point(spec, setting, spec.seeds, study.classify.balance))
