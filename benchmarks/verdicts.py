@@ -129,6 +129,8 @@ def trial(seed, kind, data, recipe, models, fresh):
     return dict(seed=seed, kind=kind, n_photos=len(photos), n_validation=len(val), n_test=len(test),
                 verdict=out['verdict'], chosen=out['source']['set'], n_synthetic=out['source']['n_synthetic'],
                 ratio=g['ratio'], ci_lo=g['ci_lo'], ci_hi=g['ci_hi'], doubt=out['doubt'], intervals=told,
+                controls={c['control']: [round(c[k], 4) for k in ('ratio', 'ci_lo', 'ci_hi')] for c in out['controls']},
+                without_temperature=[round(v, 4) for v in g['without_temperature'].values()],
                 seconds=round(time.time()-began, 1))
 
 # ---- the campaign
@@ -165,6 +167,7 @@ def main():
     p.add_argument('--fresh', type=int, default=6, help='seeds of the choice measured again (default: %(default)s)')
     p.add_argument('--jobs', type=int, default=2, help='trials beside each other (default: %(default)s)')
     p.add_argument('--keep', help='file of finished trials')
+    p.add_argument('--look-into', type=int, nargs='+', metavar='SEED', help='only these trials, each with its controls')
     a = p.parse_args()
     data = digits() if a.photos == 'digits' else folder_zip(a.photos, 300)
     adamw = dict(name='adamw', lr=.003, weight_decay=.5)
@@ -182,6 +185,10 @@ def main():
     plan = [(i, NULL[i % len(NULL)]) for i in range(a.null)]
     for i in range(a.help_trials):                       # among them, so that a killed campaign has some of both
         plan.insert(round((i+1)*len(plan)/a.help_trials), (1000+i, 'more'))
+    if a.look_into:
+        looked = [trial(s, k, data, recipe, models, a.fresh) for s, k in plan if s in a.look_into]
+        print(json.dumps(dict(benchmark='verdicts_looked_into', data=Path(a.photos).name, trials=looked)))
+        return
     kept = Path(a.keep) if a.keep else None
     rows = [json.loads(x) for x in kept.read_text().splitlines()] if kept and kept.exists() else []
     seen, began = {r['seed'] for r in rows}, time.time()

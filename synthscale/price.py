@@ -90,7 +90,7 @@ def speeds_of(study: Study    # with its params.yaml as planned
     return out
 
 # %% ../nbs/11a_price.ipynb #f57890f7
-STAGE_S = 8.        # seconds that a stage takes whatever it does: a kernel, and imports of torch
+STAGE_S = 14.       # seconds that a stage takes whatever it does: a kernel, imports of torch, DVC (LOG.md, 28th)
 _TABLES_S = 60.      # results, laws and report
 
 def question_rows(study: Study,   # the study
